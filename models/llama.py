@@ -1,0 +1,335 @@
+"""The decoder all families share (Llama, Mistral, Qwen): pure functions and a thin Flax module.
+
+One token's way: embed -> L x [norm, q/k/v, RoPE, attention, o, residual; norm, gate/up, SiLU * mul,
+down, residual] -> norm -> head. The layer loop is one scan over stacked parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qserve_jax.models.config import ModelConfig
+from qserve_jax.models.layers import (
+    Params,
+    join_in_place,
+    linear,
+    projections,
+    quantize_input,
+    rms_norm,
+    split_in_place,
+)
+from qserve_jax.models.rope import apply_rope, rope_frequencies
+from qserve_jax.pallas_kernels import append_kv, paged_attention
+from qserve_jax.pallas_kernels.paged_attention.reference import attend
+from qserve_jax.quantization.numerics import fake_quantize_kv
+from qserve_jax.quantization.qtensor import Array, KVCache
+
+Attention = Callable[[Array, Array, Array, Array, Any], tuple[Array, Any]]
+"""(q [B, T, N, H], k [B, T, K, H], v, layer index, state) -> (output [B, T, N, H], state)."""
+
+
+class CausalLM(nn.Module):
+    """A language model over the canonical parameter tree (docs/architecture.md).
+
+    `apply({"params": p}, tokens)` takes p float or quantised; `init(key, tokens)` makes a float
+    tree to train. There are no mutable collections: caches are passed to `prefill` and
+    `decode_step` below.
+
+    act_bits: 8 quantises the inputs of quantised kernels per token; 16 leaves them in float.
+    backend: of the kernels; None takes the first that can run.
+    """
+
+    config: ModelConfig
+    act_bits: int = 8
+    backend: str | None = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, tokens: Array, *, positions: Array | None = None, kv_bits: int = 16
+    ) -> Array:
+        """tokens i32[B, T] -> logits f32[B, T, V] of the whole sequence, causally.
+
+        positions: i32[B, T], default 0..T-1. kv_bits 4 or 8: every query sees K and V as a cache
+        of that many bits returns them (`attends="quantized"`).
+        """
+        initial = {}
+        if self.is_initializing():
+            initial = init_params(self.make_rng("params"), self.config, self.param_dtype)
+        params = {
+            name: self.variable("params", name, initial.get, name).value
+            for name in param_shapes(self.config)
+        }
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        attention = full_attention(self.config, positions, kv_bits)
+        lengths = positions.max(axis=1) + 1
+        x, _ = hidden_states(self, params, tokens, positions, lengths, attention, None)
+        return lm_logits(self.config, params, x)
+
+
+def param_shapes(config: ModelConfig) -> dict[str, Any]:
+    """The canonical float tree, with a shape tuple for each leaf."""
+    d, f, h, n_layers = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.head_dim,
+        config.num_layers,
+    )
+    n_kv = config.num_kv_heads
+    heads = {"q_proj": config.num_heads, "k_proj": n_kv, "v_proj": n_kv}
+
+    def dense(k: int, n: int, bias: bool) -> dict[str, tuple[int, ...]]:
+        return {"kernel": (n_layers, k, n)} | ({"bias": (n_layers, n)} if bias else {})
+
+    layers: dict[str, Any] = {
+        "attn_norm": {"scale": (n_layers, d)},
+        **{name: dense(d, count * h, config.qkv_bias) for name, count in heads.items()},
+        "o_proj": dense(config.num_heads * h, d, config.o_bias),
+        "mlp_norm": {"scale": (n_layers, d)},
+        "gate_proj": dense(d, f, config.mlp_bias),
+        "up_proj": dense(d, f, config.mlp_bias),
+        "down_proj": dense(f, d, config.mlp_bias),
+    }
+    if config.qk_norm:
+        layers |= {"q_norm": {"scale": (n_layers, h)}, "k_norm": {"scale": (n_layers, h)}}
+    vocabulary = {"embedding": (config.vocab_size, d)}
+    tree = {"embed": vocabulary, "layers": layers, "final_norm": {"scale": (d,)}}
+    return tree if config.tie_embeddings else tree | {"lm_head": dict(vocabulary)}
+
+
+def init_params(key: Array, config: ModelConfig, dtype: Any = jnp.float32) -> Params:
+    """Random weights for training: normal, std 0.02, over sqrt(2 L) into the residual (GPT-2)."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(
+        param_shapes(config), is_leaf=lambda x: isinstance(x, tuple)
+    )
+
+    def initial(key: Array, path: Any, shape: tuple[int, ...]) -> Array:
+        owner, name = path[-2].key, path[-1].key
+        if name == "scale":
+            return jnp.ones(shape, dtype)
+        if name == "bias":
+            return jnp.zeros(shape, dtype)
+        residual = owner in ("o_proj", "down_proj")
+        std = 0.02 / (2 * config.num_layers) ** 0.5 if residual else 0.02
+        return std * jax.random.normal(key, shape, dtype)
+
+    keys = jax.random.split(key, len(leaves))
+    return treedef.unflatten(initial(k, path, s) for k, (path, s) in zip(keys, leaves, strict=True))
+
+
+def hidden_states(
+    model: CausalLM,
+    params: Params,
+    tokens: Array,
+    positions: Array,
+    rope_lens: Array,
+    attention: Attention,
+    state: Any,
+) -> tuple[Array, Any]:
+    """tokens, positions i32[B, T] -> final hidden states [B, T, D] and the attention's state."""
+    config = model.config
+    rope = rope_frequencies(config, rope_lens)
+    scanned, in_place = split_in_place(params["layers"])
+
+    def body(carry, xs):
+        x, state = carry
+        layer, scanned_layer = xs
+        p = join_in_place(scanned_layer, in_place)
+        x, state = decoder_layer(model, p, x, layer, positions, rope, attention, state)
+        return (x, state), None
+
+    x = params["embed"]["embedding"][tokens]
+    layers = jnp.arange(config.num_layers)
+    (x, state), _ = jax.lax.scan(body, (x, state), (layers, scanned))
+    return rms_norm(x, params["final_norm"]["scale"], config.rms_norm_eps), state
+
+
+def decoder_layer(model, p, x, layer, positions, rope, attention, state):
+    """One layer: x [B, T, D] -> (x, state)."""
+    options = {"layer": layer, "dtype": x.dtype, "backend": model.backend}
+    config = model.config
+    with jax.named_scope("attention"):
+        y = rms_norm(x, p["attn_norm"]["scale"], config.rms_norm_eps)
+        qkv = projections(
+            y, p, ("q_proj", "k_proj", "v_proj"), "qkv_proj", act_bits=model.act_bits, **options
+        )
+        q, k, v = split_heads(qkv, config)
+        if config.qk_norm:
+            q = rms_norm(q, p["q_norm"]["scale"], config.rms_norm_eps)
+            k = rms_norm(k, p["k_norm"]["scale"], config.rms_norm_eps)
+        q, k = apply_rope(q, positions, *rope), apply_rope(k, positions, *rope)
+        y, state = attention(q, k, v, layer, state)
+        y = y.reshape(*y.shape[:-2], -1)
+        o = p["o_proj"]
+        x = x + linear(quantize_input(y, model.act_bits, o["kernel"]), o, **options)
+    with jax.named_scope("mlp"):
+        y = rms_norm(x, p["mlp_norm"]["scale"], config.rms_norm_eps)
+        gate_up = projections(
+            y, p, ("gate_proj", "up_proj"), "gate_up_proj", act_bits=model.act_bits, **options
+        )
+        gate, up = gate_up if len(gate_up) == 2 else jnp.split(gate_up[0], 2, axis=-1)
+        y = jax.nn.silu(gate) * up
+        down = p["down_proj"]
+        return x + linear(quantize_input(y, model.act_bits, down["kernel"]), down, **options), state
+
+
+def split_heads(qkv: list[Array], config: ModelConfig) -> tuple[Array, Array, Array]:
+    """Outputs of the q, k, v projections, apart or fused, as [B, T, heads, H] each."""
+    if len(qkv) == 1:
+        n, k = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
+        qkv = jnp.split(qkv[0], [n, n + k], axis=-1)
+    q, k, v = (x.reshape(*x.shape[:-1], -1, config.head_dim) for x in qkv)
+    return q, k, v
+
+
+def lm_logits(config: ModelConfig, params: Params, x: Array) -> Array:
+    """x [..., D] -> logits f32[..., V] by the head, or by the embedding where they are tied."""
+    head = params["embed" if config.tie_embeddings else "lm_head"]["embedding"]
+    return jnp.einsum(
+        "...D,VD->...V", x, head, precision="highest", preferred_element_type=jnp.float32
+    )
+
+
+def full_attention(config: ModelConfig, positions: Array, kv_bits: int) -> Attention:
+    """Causal attention of a whole sequence over itself, without a cache."""
+    valid = jnp.ones(positions.shape, bool)
+
+    def attention(q, k, v, layer, state):
+        if kv_bits != 16:  # in float32, as a cache returns them, whatever the model's dtype
+            k, v = (fake_quantize_kv(x.astype(jnp.float32), kv_bits) for x in (k, v))
+        out = attend(
+            q,
+            k,
+            v,
+            q_positions=positions,
+            k_positions=positions,
+            k_valid=valid,
+            window=config.sliding_window,
+        )
+        return out, state
+
+    return attention
+
+
+def cached_attention(
+    model: CausalLM,
+    block_table: Array,
+    context_lens: Array,
+    query_lens: Array,
+    slots: Array,
+    cached_pages: int | None,
+    attends: str,
+) -> Attention:
+    """Append the new tokens' K and V to the cache (the scan's state), then attend over pages."""
+    pages = block_table if attends == "quantized" else block_table[:, :cached_pages]
+
+    def attention(q, k, v, layer, cache):
+        flat = (-1, *k.shape[2:])
+        cache = append_kv(
+            cache, k.reshape(flat), v.reshape(flat), slots, layer=layer, backend=model.backend
+        )
+        out = paged_attention(
+            q,
+            cache,
+            pages,
+            context_lens,
+            new_k=k,
+            new_v=v,
+            query_lens=query_lens,
+            attends=attends,
+            layer=layer,
+            window=model.config.sliding_window,
+            backend=model.backend,
+        )
+        return out, cache
+
+    return attention
+
+
+def slot_mapping(block_table: Array, positions: Array, valid: Array, page_size: int) -> Array:
+    """Cache slots i32[B * T] of tokens at `positions` i32[B, T]; -1 where not valid or no page."""
+    index = positions // page_size
+    valid &= (positions >= 0) & (index < block_table.shape[1])
+    page = jnp.take_along_axis(block_table, jnp.where(valid, index, 0), axis=1)
+    slot = page * page_size + positions % page_size
+    return jnp.where(valid & (page >= 0), slot, -1).reshape(-1)
+
+
+def prefill(
+    model: CausalLM,
+    params: Params,
+    cache: KVCache,
+    tokens: Array,
+    block_table: Array,
+    context_lens: Array,
+    *,
+    query_lens: Array | None = None,
+    rope_lens: Array | None = None,
+    attends: str = "full",
+    cached_pages: int | None = None,
+    all_logits: bool = False,
+) -> tuple[KVCache, Array]:
+    """Run new tokens of B sequences through the model and into the cache.
+
+    tokens: i32[B, T], right-padded. block_table: i32[B, max_pages], -1 for none.
+    context_lens: i32[B], length of each sequence after this call; 0 for an idle row.
+    query_lens: i32[B], how many of the T tokens are real; default min(T, context_lens), which is
+      right for fresh prompts and full chunks. A chunk of a longer prompt has context_lens >
+      query_lens and attends to the pages of what came before.
+    rope_lens: i32[B], the longest length each sequence may reach; only dynamic NTK reads it (one
+      base per sequence, so that cached keys stay valid). Default context_lens.
+    attends: "full" or "quantized", see `paged_attention`.
+    cached_pages: static bound on the pages that hold earlier chunks; 0 says the prompts are fresh.
+    Returns (cache, logits f32[B, V] of each last real token), or [B, T, V] with all_logits.
+
+    Pure and traceable: jit it with model, attends, cached_pages, all_logits static, and donate the
+    cache.
+    """
+    b, t = tokens.shape
+    query_lens = jnp.minimum(context_lens, t) if query_lens is None else query_lens
+    offsets = jnp.broadcast_to(jnp.arange(t), (b, t))
+    positions = (context_lens - query_lens)[:, None] + offsets
+    slots = slot_mapping(block_table, positions, offsets < query_lens[:, None], cache.page_size)
+    attention = cached_attention(
+        model, block_table, context_lens, query_lens, slots, cached_pages, attends
+    )
+    rope_lens = context_lens if rope_lens is None else rope_lens
+    x, cache = hidden_states(model, params, tokens, positions, rope_lens, attention, cache)
+    if not all_logits:
+        last = jnp.clip(query_lens - 1, 0, t - 1)
+        x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+    return cache, lm_logits(model.config, params, x)
+
+
+def decode_step(
+    model: CausalLM,
+    params: Params,
+    cache: KVCache,
+    tokens: Array,
+    block_table: Array,
+    context_lens: Array,
+    *,
+    rope_lens: Array | None = None,
+    attends: str = "full",
+) -> tuple[KVCache, Array]:
+    """One new token for each of B sequences: tokens i32[B] -> (cache, logits f32[B, V]).
+
+    context_lens counts the new token; a row with 0 is idle: it writes nothing and its logits mean
+    nothing. Other arguments as in `prefill`.
+    """
+    return prefill(
+        model,
+        params,
+        cache,
+        tokens[:, None],
+        block_table,
+        context_lens,
+        rope_lens=rope_lens,
+        attends=attends,
+    )

@@ -1,0 +1,19 @@
+"""The operations of a quantised step, one folder each: `api` checks and dispatches, `reference` is
+plain XLA and computes the same integers as every faster backend."""
+
+from qserve_jax.pallas_kernels.append_kv import append_kv
+from qserve_jax.pallas_kernels.backend import BACKENDS, resolve
+from qserve_jax.pallas_kernels.paged_attention import paged_attention, validate_paged_inputs
+from qserve_jax.pallas_kernels.prepare import prepare_for_backend
+from qserve_jax.pallas_kernels.w4a8_matmul import quantized_matmul, w4a8_matmul
+
+__all__ = [
+    "BACKENDS",
+    "append_kv",
+    "paged_attention",
+    "prepare_for_backend",
+    "quantized_matmul",
+    "resolve",
+    "validate_paged_inputs",
+    "w4a8_matmul",
+]

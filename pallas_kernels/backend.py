@@ -1,0 +1,47 @@
+"""Which implementation of an operation runs: by argument, by environment, or the first that can."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+BACKENDS = ("mosaic_sm90", "mosaic_mma", "reference")
+"""All backend names, fastest first. An operation need not have all of them."""
+
+ENVIRONMENT_VARIABLE = "QSERVE_JAX_BACKEND"
+
+
+def resolve(backend: str | None) -> tuple[str, ...]:
+    """Backends to try, in order. None reads QSERVE_JAX_BACKEND; unset or "auto" means all of them.
+
+    Read when an operation is traced: a compiled function keeps what it was traced with.
+    Raises ValueError on a name that is not in BACKENDS.
+    """
+    name = backend or os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    if name == "auto":
+        return BACKENDS
+    if name not in BACKENDS:
+        source = "backend" if backend else ENVIRONMENT_VARIABLE
+        raise ValueError(f"{source}={name!r} is unknown: use auto or one of {', '.join(BACKENDS)}")
+    return (name,)
+
+
+def dispatch(
+    op: str, implementations: Mapping[str, Callable], backend: str | None, *args: Any, **kwargs: Any
+) -> Any:
+    """Call the first implementation that can do this case.
+
+    An implementation says that it cannot by raising NotImplementedError; the next one is tried.
+    When none is left (an explicit backend is alone on its list) the last refusal propagates.
+    """
+    refusal = None
+    for name in resolve(backend):
+        if name not in implementations:
+            refusal = refusal or NotImplementedError(f"{op} has no {name!r} backend")
+            continue
+        try:
+            return implementations[name](*args, **kwargs)
+        except NotImplementedError as error:
+            refusal = error
+    raise refusal or NotImplementedError(f"{op}: no backend")

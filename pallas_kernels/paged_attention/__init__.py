@@ -1,0 +1,9 @@
+"""Causal attention over the paged K/V cache, for prefill, chunked prefill and decode."""
+
+from qserve_jax.pallas_kernels.paged_attention.api import (
+    ATTENDS,
+    paged_attention,
+    validate_paged_inputs,
+)
+
+__all__ = ["ATTENDS", "paged_attention", "validate_paged_inputs"]

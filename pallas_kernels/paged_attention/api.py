@@ -1,0 +1,121 @@
+"""Checks and dispatch of `paged_attention`."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from qserve_jax.pallas_kernels.backend import dispatch
+from qserve_jax.pallas_kernels.paged_attention import reference
+from qserve_jax.quantization.qtensor import Array, KVCache
+
+ATTENTION_BACKENDS = {"reference": reference.paged_attention}
+ATTENDS = ("full", "quantized")
+
+
+def _check(q, cache, block_table, context_lens, new_k, new_v, query_lens, attends, layer) -> None:
+    if attends not in ATTENDS:
+        raise ValueError(f"attends={attends!r} is unknown: use one of {ATTENDS}")
+    if q.ndim != 4:
+        raise ValueError(f"q has shape {q.shape}: it must be [B, T, N, H] or [B, N, H]")
+    b, t, n, h = q.shape
+    k = cache.num_kv_heads
+    if h != cache.head_dim or n % k:
+        raise ValueError(f"q {q.shape} does not fit a cache of {k} heads of {cache.head_dim}")
+    if cache.stacked != (layer is not None):
+        raise ValueError(f"cache of shape {cache.pages.shape} does not go with {layer=}")
+    if block_table.shape[:1] != (b,) or block_table.ndim != 2 or context_lens.shape != (b,):
+        raise ValueError(
+            f"block_table {block_table.shape} and context_lens {context_lens.shape} must be "
+            f"[B, max_pages] and [B] with B={b}"
+        )
+    if query_lens is not None and query_lens.shape != (b,):
+        raise ValueError(f"query_lens {query_lens.shape} must be [B] with B={b}")
+    if attends == "full":
+        shapes = [None if x is None else x.shape for x in (new_k, new_v)]
+        if shapes != [(b, t, k, h)] * 2:
+            raise ValueError(f"attends='full' needs new_k and new_v {(b, t, k, h)}, got {shapes}")
+
+
+def paged_attention(
+    q: Array,
+    cache: KVCache,
+    block_table: Array,
+    context_lens: Array,
+    *,
+    new_k: Array | None = None,
+    new_v: Array | None = None,
+    query_lens: Array | None = None,
+    attends: str = "full",
+    layer: Array | int | None = None,
+    sm_scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> Array:
+    """Causal attention of new tokens over the paged cache and each other.
+
+    q: float[B, T, N, H], or [B, N, H] for one token each.
+    block_table: i32[B, max_pages], page ids in order, -1 for none (vLLM's).
+    context_lens: i32[B], tokens of each sequence, the new ones counted; 0 gives zeros.
+    query_lens: i32[B], how many of the T tokens are real (right padding), at most context_lens;
+      default min(T, context_lens): one token, or a fresh prompt.
+    attends: "full" reads new_k, new_v float[B, T, K, H] unquantised, and the pages for the tokens
+      before them (QServe's way); "quantized" reads every token, the new ones included, as stored,
+      so that the result does not depend on how a prompt was split (append first).
+    window: a query sees the last `window` positions, its own included. softcap: tanh cap of scores.
+    sm_scale: factor of the scores, default H**-0.5.
+    Returns q's shape and dtype. Outputs of padding tokens are finite and meaningless.
+
+    Raises ValueError when shapes do not fit. Page ids out of range are masked, not read; check
+    concrete arrays with `validate_paged_inputs`.
+    """
+    single = q.ndim == 3
+    if single:
+        q = q[:, None]
+        new_k, new_v = (x[:, None] if x is not None and x.ndim == 3 else x for x in (new_k, new_v))
+    _check(q, cache, block_table, context_lens, new_k, new_v, query_lens, attends, layer)
+    if query_lens is None:
+        query_lens = jnp.minimum(context_lens, q.shape[1])
+    out = dispatch(
+        "paged_attention",
+        ATTENTION_BACKENDS,
+        backend,
+        q,
+        cache,
+        block_table,
+        context_lens,
+        new_k=new_k,
+        new_v=new_v,
+        query_lens=query_lens,
+        attends=attends,
+        layer=layer,
+        sm_scale=sm_scale,
+        window=window,
+        softcap=softcap,
+    )
+    return out[:, 0] if single else out
+
+
+def validate_paged_inputs(cache: KVCache, block_table, context_lens) -> None:
+    """Check concrete page ids and lengths (not traceable); the engine calls it before a step.
+
+    block_table: i32[B, max_pages], context_lens: i32[B].
+    Raises ValueError naming the first sequence whose length its pages cannot hold, or whose needed
+    page ids lie outside the cache.
+    """
+    table, lens = np.asarray(block_table), np.asarray(context_lens)
+    for row, (ids, length) in enumerate(zip(table, lens, strict=True)):
+        needed = -(-int(length) // cache.page_size)
+        if length < 0 or needed > len(ids):
+            raise ValueError(
+                f"sequence {row} has length {length} but its block table holds "
+                f"{len(ids)} pages of {cache.page_size} tokens: widen it"
+            )
+        used = ids[:needed]
+        bad = used[(used < 0) | (used >= cache.num_pages)]
+        if bad.size:
+            raise ValueError(
+                f"sequence {row} names page {bad[0]} within its {length} tokens but the cache has "
+                f"pages 0..{cache.num_pages - 1}: allocate it"
+            )

@@ -1,0 +1,95 @@
+"""Checks and dispatch of the quantised matmuls."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from qserve_jax.pallas_kernels.backend import dispatch
+from qserve_jax.pallas_kernels.w4a8_matmul import reference
+from qserve_jax.quantization.qtensor import (
+    Array,
+    Int8Activation,
+    QuantizedWeight,
+    W4PerChannel,
+    W4PerGroup,
+    W8PerChannel,
+)
+
+W4A8_BACKENDS = {"reference": reference.matmul}
+W8A8_BACKENDS = {"reference": reference.matmul}  # XLA's own int8 dot is already the fast path
+
+
+def _check(
+    x: Int8Activation,
+    w: QuantizedWeight,
+    bias: Array | None,
+    residual: Array | None,
+    layer: Array | int | None,
+) -> None:
+    k = x.codes.shape[-1]
+    k_weight = w.codes.shape[-1] * (1 if isinstance(w, W8PerChannel) else 2)
+    if k != k_weight:
+        raise ValueError(f"x has {k=} but weight has K={k_weight}")
+    rank = w.codes.ndim - (layer is not None)
+    if rank != 2:
+        raise ValueError(f"weight codes have shape {w.codes.shape} with {layer=}: need one [N, K]")
+    n = w.codes.shape[-2]
+    for name, array, shape in (
+        ("bias", bias, (n,)),
+        ("residual", residual, (*x.codes.shape[:-1], n)),
+    ):
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape} but the product needs {shape}")
+
+
+def quantized_matmul(
+    x: Int8Activation,
+    w: QuantizedWeight,
+    *,
+    bias: Array | None = None,
+    residual: Array | None = None,
+    layer: Array | int | None = None,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    backend: str | None = None,
+) -> Array:
+    """x [..., K] times w [K, N] -> out_dtype[..., N], for any quantised weight container.
+
+    bias [N] and residual [..., N] are added in float32 before the one rounding to out_dtype.
+    layer: w is stacked [L, ...]; use this layer of it, read in place.
+    backend: see `pallas_kernels.backend.resolve`.
+
+    Raises ValueError on shapes that do not fit, NotImplementedError from an explicit backend that
+    cannot do this case. The int32 sums are exact in every backend for K <= 65 536.
+    """
+    _check(x, w, bias, residual, layer)
+    backends = W8A8_BACKENDS if isinstance(w, W8PerChannel) else W4A8_BACKENDS
+    return dispatch(
+        "quantized_matmul",
+        backends,
+        backend,
+        x,
+        w,
+        bias=bias,
+        residual=residual,
+        layer=layer,
+        out_dtype=out_dtype,
+    )
+
+
+def w4a8_matmul(
+    x: Int8Activation,
+    w: W4PerGroup | W4PerChannel,
+    *,
+    bias: Array | None = None,
+    residual: Array | None = None,
+    layer: Array | int | None = None,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    backend: str | None = None,
+) -> Array:
+    """`quantized_matmul` for 4-bit weights (QServe section 5.2). Raises ValueError for others."""
+    if not isinstance(w, W4PerGroup | W4PerChannel):
+        raise ValueError(f"w4a8_matmul needs 4-bit weights, got {type(w).__name__}")
+    return quantized_matmul(
+        x, w, bias=bias, residual=residual, layer=layer, out_dtype=out_dtype, backend=backend
+    )

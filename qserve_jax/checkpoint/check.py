@@ -1,0 +1,50 @@
+"""Does a checkpoint hold the tensors that its config.json asks for? Told from headers alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from qserve_jax.checkpoint.errors import CheckpointError, listing
+from qserve_jax.checkpoint.hf import TensorSpec
+from qserve_jax.checkpoint.key_table import Target
+
+FLOATS = ("F32", "BF16", "F16")
+
+
+def check_tensors(
+    folder: Path,
+    specs: Mapping[str, TensorSpec],
+    wanted: Mapping[str, Target],
+    ignored: re.Pattern[str],
+) -> None:
+    """Raises one CheckpointError that lists, by name, all tensors that are missing, unexpected,
+    misshapen, or neither float32 nor bfloat16 nor float16."""
+    both = [name for name in wanted if name in specs]
+    problems = {
+        "missing": [f"{name} {_show(wanted[name].shape)}" for name in wanted if name not in specs],
+        "unexpected": [
+            f"{name} {_show(spec.shape)}"
+            for name, spec in specs.items()
+            if name not in wanted and not ignored.fullmatch(name)
+        ],
+        "of another shape": [
+            f"{name} {_show(specs[name].shape)} instead of {_show(wanted[name].shape)}"
+            for name in both
+            if specs[name].shape != wanted[name].shape
+        ],
+        f"not {', '.join(FLOATS)}": [
+            f"{name} {specs[name].dtype}" for name in both if specs[name].dtype not in FLOATS
+        ],
+    }
+    found = [f"{len(names)} {kind}: {listing(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise CheckpointError(
+            f"{folder}: weights and config.json do not fit together: {'; '.join(found)}; "
+            "use the config.json and the unquantised weights of the same checkpoint"
+        )
+
+
+def _show(shape: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"

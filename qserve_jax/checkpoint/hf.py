@@ -1,0 +1,139 @@
+"""Reading a Hugging Face directory: config.json, headers of safetensors, rows of tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from qserve_jax.checkpoint.errors import CheckpointError, first_line, listing
+from qserve_jax.models.config import ModelConfig
+from qserve_jax.models.registry import config_from_hf
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth")
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """One tensor as the header of its file tells it. dtype: safetensors' own name, like "BF16"."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises CheckpointError where there is none."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is not valid JSON ({error}): correct it") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} holds a {type(value).__name__}, not an object: correct it")
+    return value
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The ModelConfig of config.json; EOS tokens as generation_config.json has them, where it does.
+
+    (So does transformers' `generate`: chat models often name their end-of-turn tokens only there.)
+    Raises CheckpointError where config.json is missing or no JSON, ValueError as `config_from_hf`.
+    """
+    file = folder / "config.json"
+    if not file.exists():
+        raise CheckpointError(f"{folder} has no config.json: pass a Hugging Face checkpoint")
+    hf = read_json(file)
+    generation = folder / "generation_config.json"
+    eos = read_json(generation).get("eos_token_id") if generation.exists() else None
+    return config_from_hf(hf if eos is None else hf | {"eos_token_id": eos})
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the checkpoint, with transformers' order of preference:
+    model.safetensors, then the shards of the index, then the only *.safetensors there is.
+
+    Raises CheckpointError where there are none, where shards are missing, or where it is unclear.
+    """
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    if (folder / INDEX).exists():
+        return _shards(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return files
+    if files:
+        raise CheckpointError(
+            f"{folder} holds {len(files)} safetensors files ({listing([f.name for f in files])}) "
+            f"and no {INDEX} to say which belong together: add it, or leave one file"
+        )
+    pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds pickled weights only ({listing(pickles)}), which can run any code: "
+            "convert them with transformers (from_pretrained, then save_pretrained elsewhere)"
+        )
+    raise CheckpointError(f"{folder} has no {SINGLE} and no {INDEX}: download the weights into it")
+
+
+def _shards(folder: Path) -> list[Path]:
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
+        raise CheckpointError(f"{folder / INDEX} maps no names to files: download it again")
+    files = [folder / name for name in sorted(set(weight_map.values()))]
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of the {len(files)} shards that {INDEX} names "
+            f"({listing(missing)}): download them"
+        )
+    return files
+
+
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and name not in ("", "..") and Path(name).name == name
+
+
+def tensor_specs(files: list[Path]) -> dict[str, TensorSpec]:
+    """Name -> TensorSpec of all tensors of the files, from their headers alone.
+
+    Raises CheckpointError for a truncated or corrupt file, and for a tensor in two files.
+    """
+    specs: dict[str, TensorSpec] = {}
+    for file in files:
+        for name, spec in _read_header(file).items():
+            if name in specs:
+                raise CheckpointError(
+                    f"tensor {name} is both in {specs[name].file.name} and in {file.name} of "
+                    f"{file.parent}: remove one"
+                )
+            specs[name] = spec
+    return specs
+
+
+def _read_header(file: Path) -> dict[str, TensorSpec]:
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}
+            return {
+                name: TensorSpec(file, tensor.get_dtype(), tuple(tensor.get_shape()))
+                for name, tensor in slices.items()
+            }
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{file} is truncated or corrupt ({first_line(error)}): download it again"
+        ) from None
+
+
+def read_rows(name: str, spec: TensorSpec, start: int, stop: int) -> np.ndarray:
+    """Rows start:stop of the first axis, in the file's dtype (bfloat16 is that of ml_dtypes).
+
+    Opens the file each time: pages of a mapping that stays open would count as our memory.
+    """
+    with safe_open(spec.file, framework="numpy") as tensors:
+        return tensors.get_slice(name)[start:stop]

@@ -1,0 +1,119 @@
+"""Tensors from files to the device, a block of rows at a time, quantised on the way."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from qserve_jax.checkpoint.errors import CheckpointError
+from qserve_jax.checkpoint.hf import TensorSpec, read_rows
+from qserve_jax.checkpoint.key_table import Target
+from qserve_jax.quantization.config import QuantConfig
+from qserve_jax.quantization.params import quantize_kernel
+from qserve_jax.quantization.qtensor import (
+    Array,
+    QuantizedWeight,
+    W4PerGroup,
+    W8PerChannel,
+    is_quantized,
+)
+
+BLOCK_ELEMENTS = 2**21
+"""Weights read at once. Output channels are quantised independently, so a tensor can be cut along
+them; that bounds the temporary float32 arrays of quantisation too (8 MB each)."""
+
+
+def read_params(
+    specs: Mapping[str, TensorSpec],
+    targets: Mapping[str, Target],
+    shapes: Mapping[str, Any],
+    *,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """The leaves of the canonical tree, on the default device, by path.
+
+    specs, targets: by Hugging Face name, checked to fit together (check.py).
+    shapes: path -> ShapeDtypeStruct, or container of them, of every leaf of the result.
+    progress: show a bar on stderr.
+
+    Host memory beside the result: one block. Weights are quantised from the values in the file,
+    whatever dtype the float leaves get. Raises CheckpointError naming a tensor with NaN or
+    infinite values, or with values beyond the range of its leaf's dtype.
+    """
+    # One program for all: compiling one for each shape would take longer than running them.
+    leaves = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), dict(shapes)))()
+    names = sorted(targets, key=lambda name: (specs[name].file, name))
+    for name in tqdm(names, desc="Loading weights", unit="tensor", disable=not progress):
+        target = targets[name]
+        leaves[target.path] = _read_tensor(leaves[target.path], name, specs[name], target)
+    return leaves
+
+
+def _read_tensor(leaf: Any, name: str, spec: TensorSpec, target: Target) -> Any:
+    for start, stop in row_blocks(spec.shape):
+        rows = read_rows(name, spec, start, stop)
+        leaf, finite = _write(leaf, rows, target.layer, start, is_kernel=target.is_kernel)
+        # Waiting here also keeps blocks from queueing up in memory.
+        if not finite:
+            raise _not_finite(name, spec, rows, leaf)
+    return leaf
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of blocks that cover the first axis, of at most BLOCK_ELEMENTS or one row.
+
+    All have one size, so that each tensor shape compiles once: the last may overlap the one before.
+    """
+    n, *rest = shape
+    most = max(1, BLOCK_ELEMENTS // int(np.prod(rest)))
+    count = -(-n // most)
+    size = -(-n // count)
+    for i in range(count):
+        start = min(i * size, n - size)
+        yield start, start + size
+
+
+@functools.partial(jax.jit, static_argnames="is_kernel", donate_argnames="leaf")
+def _write(
+    leaf: Any, rows: Array, layer: int | None, start: int, *, is_kernel: bool
+) -> tuple[Any, Array]:
+    """Rows of a Hugging Face tensor into `leaf` in place, and whether all of them are finite."""
+    finite = jnp.isfinite(rows).all()
+    put = functools.partial(_put, layer=layer, start=start)
+    if is_quantized(leaf):
+        part = quantize_kernel(rows, _config_of(leaf), contract=(-1,), out=(-2,))
+        # Only the arrays: the whole and a part of it tell of different sources.
+        arrays = zip(jax.tree.leaves(leaf), jax.tree.leaves(part), strict=True)
+        return jax.tree.structure(leaf).unflatten(put(a, b, axis=0) for a, b in arrays), finite
+    part = rows.astype(leaf.dtype)
+    finite &= jnp.isfinite(part).all()
+    return (put(leaf, part.T, axis=1) if is_kernel else put(leaf, part, axis=0)), finite
+
+
+def _put(whole: Array, part: Array, *, layer: int | None, start: int, axis: int) -> Array:
+    """whole[layer] with `part` at `start` of its `axis`."""
+    index: list[Any] = [0] * part.ndim
+    index[axis] = start
+    if layer is not None:
+        part, index = part[None], [layer, *index]
+    return jax.lax.dynamic_update_slice(whole, part, index)
+
+
+def _config_of(container: QuantizedWeight) -> QuantConfig:
+    """The config that makes such a container of a kernel."""
+    if isinstance(container, W8PerChannel):
+        return QuantConfig(weight_bits=8)
+    return QuantConfig(group_size=container.group_size if isinstance(container, W4PerGroup) else -1)
+
+
+def _not_finite(name: str, spec: TensorSpec, rows: np.ndarray, leaf: Any) -> CheckpointError:
+    where = f"{name} in {spec.file}"
+    if np.isfinite(rows.astype(np.float32)).all():
+        return CheckpointError(f"{where} exceeds the range of {leaf.dtype}: load it as float32")
+    return CheckpointError(f"{where} holds NaN or infinite values: use an intact checkpoint")

@@ -1,0 +1,56 @@
+"""From what users write (text, chat messages, token ids) to token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+
+
+def encode_prompt(prompt: Any, tokenizer: Any, vocab_size: int) -> list[int]:
+    """Token ids of one prompt.
+
+    tokenizer: a Hugging Face tokenizer, or None where the checkpoint has none.
+    A string is encoded with the tokenizer's special tokens, chat messages go through its chat
+    template (with the generation prompt), a list of ids is taken as it is.
+
+    Raises ValueError on an empty prompt, ids outside the vocabulary, text without a tokenizer, or
+    messages without a chat template.
+    """
+    if isinstance(prompt, str):
+        ids = _require(tokenizer, "a text prompt").encode(prompt) if prompt else []
+    elif len(prompt) and isinstance(prompt[0], dict):
+        ids = _encode_messages(prompt, tokenizer)
+    else:
+        ids = [_token_id(token) for token in prompt]
+    if not ids:
+        raise ValueError("the prompt is empty: give at least one token")
+    bad = [token for token in ids if not 0 <= token < vocab_size]
+    if bad:
+        raise ValueError(f"token id {bad[0]} is outside the vocabulary 0..{vocab_size - 1}")
+    return ids
+
+
+def _encode_messages(messages: Sequence[dict[str, str]], tokenizer: Any) -> list[int]:
+    tokenizer = _require(tokenizer, "a chat prompt")
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template: give the prompt as text")
+    encoded = tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    return list(encoded["input_ids"])
+
+
+def _require(tokenizer: Any, what: str) -> Any:
+    if tokenizer is None:
+        raise ValueError(f"{what} needs a tokenizer, and the checkpoint has none: give token ids")
+    return tokenizer
+
+
+def _token_id(token: Any) -> int:
+    if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
+        raise ValueError(f"prompt holds {token!r}: a list prompt must be token ids or messages")
+    return int(token)

@@ -1,0 +1,119 @@
+"""What a run took: as numbers, and as the line that commands print."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from qserve_jax.quantization.qtensor import W4PerChannel, W4PerGroup, is_quantized, nbytes
+from qserve_jax.runtime.compile_time import compile_time
+from qserve_jax.runtime.engine import LLM
+from qserve_jax.runtime.kv_cache import cache_bytes_per_token
+
+
+def run_stats(llm: LLM, load_seconds: float, first_tokens: Sequence[float]) -> dict[str, Any]:
+    """Counts, seconds, bytes and rates of all that `llm` generated; None for what was not measured.
+
+    Compilation is in compile_seconds alone. Decoding makes every token but each sample's first.
+    decode_bytes_per_second counts what decoding cannot avoid to read: the weights once a step, and
+    the cached tokens that each sequence attends to.
+
+    first_tokens: seconds to the first token of each sample, compilation apart; we report the mean.
+    """
+    stats, kv_bits = llm.stats, llm.quant_config.kv_bits
+    dtype = llm.params["embed"]["embedding"].dtype
+    kv_bytes = cache_bytes_per_token(llm.config, kv_bits, dtype)
+    decoded = stats.generated_tokens - stats.prefilled_sequences
+    bytes_read = stats.decode_steps * _weights_read(llm.params) + stats.attended_tokens * kv_bytes
+    return {
+        "load_seconds": load_seconds,
+        "compile_seconds": compile_time.seconds,
+        "compile_cached": 0 < compile_time.cache_requests == compile_time.cache_hits,
+        "prompt_tokens": stats.prompt_tokens,
+        "prompt_tokens_per_second": _ratio(stats.prompt_tokens, stats.prefill_seconds),
+        "time_to_first_token": sum(first_tokens) / len(first_tokens),
+        "generated_tokens": stats.generated_tokens,
+        "generated_tokens_per_second": _ratio(decoded, stats.decode_seconds),
+        "seconds_per_step": _ratio(stats.decode_seconds, stats.decode_steps),
+        "weight_bytes": nbytes(llm.params),
+        "weight_format": weight_format(llm),
+        "kv_bits": kv_bits,
+        "kv_bytes_per_token": kv_bytes,
+        "peak_bytes": peak_bytes(),
+        "decode_bytes_per_second": _ratio(bytes_read, stats.decode_seconds),
+        "device": jax.local_devices()[0].device_kind,
+    }
+
+
+def format_stats(stats: dict[str, Any]) -> str:
+    """`run_stats` in one line; what was not measured is left out."""
+    cached = " (cached)" if stats["compile_cached"] else ""
+    prompt = [f"prompt {stats['prompt_tokens']} tok", _rate(stats["prompt_tokens_per_second"])]
+    generation = [f"generation {stats['generated_tokens']} tok"]
+    bandwidth = []
+    if stats["seconds_per_step"] is not None:
+        step = f"({_milliseconds(stats['seconds_per_step'])}/tok)"
+        generation.append(f"{_rate(stats['generated_tokens_per_second'])} {step}")
+        bandwidth = [f"{_bandwidth(stats['decode_bytes_per_second'])} on {stats['device']}"]
+    return " · ".join(
+        [
+            f"Load {stats['load_seconds']:.1f} s",
+            f"compile {stats['compile_seconds']:.1f} s{cached}",
+            ", ".join([*prompt, f"TTFT {_milliseconds(stats['time_to_first_token'])}"]),
+            ", ".join(generation),
+            f"weights {_size(stats['weight_bytes'])} {stats['weight_format']}",
+            f"KV{stats['kv_bits']} {stats['kv_bytes_per_token']} B/tok",
+            f"peak {_size(stats['peak_bytes'])}",
+            *bandwidth,
+        ]
+    )
+
+
+def weight_format(llm: LLM) -> str:
+    """`W4A8 g128`: as the kernels are, not as asked; some K are no multiple of the group size."""
+    leaves = jax.tree.leaves(llm.params, is_leaf=is_quantized)
+    groups = sorted({f"g{leaf.group_size}" for leaf in leaves if isinstance(leaf, W4PerGroup)})
+    channels = ["per-channel"] if any(isinstance(leaf, W4PerChannel) for leaf in leaves) else []
+    bits = f"W{llm.quant_config.weight_bits}A{llm.quant_config.act_bits}"
+    return f"{bits} {'+'.join(groups + channels)}".rstrip()
+
+
+def peak_bytes() -> int:
+    """Most memory in use so far: on the device where it says, else of this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _weights_read(params: dict[str, Any]) -> int:
+    """Bytes a decode step reads. An embedding that is not also the head is read by row only."""
+    return nbytes(params) - (nbytes(params["embed"]) if "lm_head" in params else 0)
+
+
+def _ratio(amount: float, of: float) -> float | None:
+    return amount / of if amount and of else None
+
+
+def _rate(tokens_per_second: float) -> str:
+    return f"{tokens_per_second:.{0 if tokens_per_second >= 100 else 1}f} tok/s"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.{0 if seconds >= 0.01 else 1}f} ms"
+
+
+def _size(count: int) -> str:
+    unit, name = (2**30, "GiB") if count >= 2**30 else (2**20, "MiB")
+    return f"{count / unit:.1f} {name}"
+
+
+def _bandwidth(bytes_per_second: float) -> str:
+    if bytes_per_second >= 1e11:
+        return f"{bytes_per_second / 1e12:.2f} TB/s"
+    return f"{bytes_per_second / 1e9:.2f} GB/s"

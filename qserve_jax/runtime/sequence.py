@@ -1,0 +1,124 @@
+"""One request's sequence on the host, and what the user gets of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from qserve_jax.runtime.detokenizer import IncrementalDetokenizer
+from qserve_jax.runtime.sampling_params import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities of a generated token and of the most likely ones, by the model itself."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestOutput:
+    """A finished sample of a request. text and token_ids exclude the prompt.
+
+    token_ids holds everything generated, an end-of-sequence or stop token included; text ends
+    before a stop string. finish_reason is "stop" or "length". Times are seconds from the call of
+    generate, compilation apart: time_to_first_token, and total_time to this sample's end.
+    """
+
+    index: int
+    sample: int
+    prompt_token_ids: list[int]
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: list[TokenLogprobs] | None
+    time_to_first_token: float
+    total_time: float
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamOutput:
+    """New text and tokens of one sample; finish_reason is None until its last."""
+
+    index: int
+    sample: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+
+
+@dataclasses.dataclass
+class Sequence:
+    """A sample in progress. `seed` makes its random numbers, `limit` bounds its new tokens."""
+
+    index: int
+    sample: int
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    limit: int
+    stop_ids: tuple[int, ...]
+    detokenizer: IncrementalDetokenizer
+    pages: list[int] = dataclasses.field(default_factory=list)
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    finish_reason: str | None = None
+    first_token_time: float = 0.0
+    end_time: float = 0.0
+
+    @property
+    def total_len(self) -> int:
+        """The longest this sequence may become."""
+        return len(self.prompt) + self.limit
+
+    @property
+    def cached(self) -> int:
+        """Tokens in the cache after prefill: all but the last, which the next step will append."""
+        return len(self.prompt) + max(len(self.tokens) - 1, 0)
+
+    def append(self, token: int, logprobs: TokenLogprobs | None) -> str:
+        """Take a generated token; returns new text that is safe to show."""
+        self.tokens.append(token)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+        ended = token in self.stop_ids
+        piece = "" if ended else self.detokenizer.add(token)
+        if ended or self.detokenizer.stopped is not None:
+            self.finish_reason = "stop"
+        elif len(self.tokens) >= self.limit:
+            self.finish_reason = "length"
+        if self.finish_reason is not None:
+            piece += self.detokenizer.finish()
+        return piece
+
+    def output(self, start_time: float) -> RequestOutput:
+        wants = self.params.logprobs is not None
+        return RequestOutput(
+            index=self.index,
+            sample=self.sample,
+            prompt_token_ids=self.prompt,
+            text=self.detokenizer.text,
+            token_ids=self.tokens,
+            finish_reason=self.finish_reason or "length",
+            logprobs=self.logprobs if wants else None,
+            time_to_first_token=self.first_token_time - start_time,
+            total_time=self.end_time - start_time,
+        )
+
+
+def take_logprobs(
+    output: Any, row: int, step: int | None, params: SamplingParams
+) -> TokenLogprobs | None:
+    """One row's log-probabilities from a SampleOutput of numpy arrays (step None: no step axis).
+
+    The batch computes as many as its most demanding row; each gets what it asked for.
+    """
+    if params.logprobs is None:
+        return None
+    at = (row,) if step is None else (row, step)
+    ids = output.top_tokens[at][: params.logprobs].tolist()
+    values = output.top_logprobs[at][: params.logprobs].tolist()
+    top = tuple(zip(ids, values, strict=True))
+    return TokenLogprobs(int(output.tokens[at]), float(output.logprobs[at]), top)

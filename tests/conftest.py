@@ -1,0 +1,63 @@
+"""Settings and fixtures of all tests: JAX on CPU with several devices, seeds, data."""
+
+import os
+import re
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Compiling an example takes longer than the deadline; the same examples every time.
+hypothesis.settings.register_profile("jax", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("jax")
+
+
+def pytest_configure(config):
+    """Configure JAX through the environment, before any test module (or subprocess) imports it."""
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")  # for the tests of sharding
+    # What is compiled is kept for the next run, in a folder per process, because JAX writes the
+    # entries without a lock. Not setdefault: an xdist worker inherits its controller's variables.
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".cache" / "jax" / worker)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+def pytest_collection_modifyitems(items):
+    """Skip the tests marked `gpu` where JAX has no GPU."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_items and not _has_gpu():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: run pytest -m gpu there"))
+
+
+def _has_gpu() -> bool:
+    import jax
+
+    try:
+        return bool(jax.devices("gpu"))
+    except RuntimeError:  # what JAX raises for a platform that it does not have
+        return False
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """The same random numbers in every test and run."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of small models and texts: $QSERVE_JAX_DATA, or shared/data beside the clone."""
+    named = os.environ.get("QSERVE_JAX_DATA")
+    folder = Path(named) if named else ROOT.parent / "shared" / "data"
+    if named and not folder.is_dir():
+        pytest.fail(f"QSERVE_JAX_DATA={named} is not a folder: correct it or unset it")
+    if not folder.is_dir():
+        pytest.skip("no folder of test data: name it in QSERVE_JAX_DATA")
+    return folder

@@ -1,0 +1,100 @@
+"""Which backend runs: the argument, then the environment, then the first that can."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qserve_jax.pallas_kernels import BACKENDS, append_kv, paged_attention, resolve, w4a8_matmul
+from qserve_jax.pallas_kernels.backend import ENVIRONMENT_VARIABLE, dispatch
+from qserve_jax.quantization.numerics import quantize_activation
+from qserve_jax.quantization.params import quantize_kernel
+from qserve_jax.quantization.qtensor import KVCache
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+
+
+@pytest.mark.parametrize("name", [None, "auto"])
+def test_default_is_all_fastest_first(name):
+    assert resolve(name) == BACKENDS
+    assert BACKENDS[-1] == "reference"
+
+
+def test_environment_and_argument(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
+    assert resolve(None) == ("reference",)
+    assert resolve("mosaic_mma") == ("mosaic_mma",)  # the argument wins
+    assert resolve("auto") == BACKENDS
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "")
+    assert resolve(None) == BACKENDS
+
+
+def test_unknown_names(monkeypatch):
+    with pytest.raises(ValueError, match="^backend='sm90' is unknown: use auto or one of mosaic"):
+        resolve("sm90")
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "sm90")
+    with pytest.raises(ValueError, match="^QSERVE_JAX_BACKEND='sm90' is unknown"):
+        resolve(None)
+
+
+def refuse(*args, **kwargs):
+    raise NotImplementedError("too wide")
+
+
+def wrong(*args, **kwargs):
+    raise ValueError("the caller is wrong")
+
+
+def answer(x, *, y):
+    return x + y
+
+
+def test_dispatch_takes_the_first_that_can():
+    table = {"reference": answer, "mosaic_sm90": refuse}
+    assert dispatch("op", table, None, 1, y=2) == 3
+    assert dispatch("op", {"reference": refuse, "mosaic_mma": answer}, None, 1, y=2) == 3
+
+
+def test_dispatch_propagates():
+    with pytest.raises(NotImplementedError, match="too wide"):
+        dispatch("op", {"mosaic_sm90": refuse, "reference": answer}, "mosaic_sm90", 1, y=2)
+    with pytest.raises(NotImplementedError, match="op has no 'mosaic_mma' backend"):
+        dispatch("op", {"reference": answer}, "mosaic_mma", 1, y=2)
+    with pytest.raises(NotImplementedError, match="too wide"):
+        dispatch("op", {"mosaic_sm90": refuse}, None, 1, y=2)
+    with pytest.raises(ValueError, match="the caller is wrong"):  # not a reason to try another
+        dispatch("op", {"mosaic_sm90": wrong, "reference": answer}, None, 1, y=2)
+
+
+def calls():
+    """Each operation on its smallest case, with the backend left open."""
+    x = quantize_activation(jnp.ones((1, 128)))
+    w: Any = quantize_kernel(jnp.ones((128, 8)))
+    cache = KVCache(jnp.zeros((1, 1, 2, 8, 8)), 16, 8)
+    kv = jnp.ones((1, 1, 8))
+    zero, one = jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.int32)
+    return {
+        "quantized_matmul": lambda **kw: w4a8_matmul(x, w, **kw),
+        "append_kv": lambda **kw: append_kv(cache, kv, kv, zero, **kw).pages,
+        "paged_attention": lambda **kw: paged_attention(
+            kv, cache, zero[None], one, new_k=kv, new_v=kv, **kw
+        ),
+    }
+
+
+@pytest.mark.parametrize("op", ["quantized_matmul", "append_kv", "paged_attention"])
+def test_operations_follow_the_choice(op, monkeypatch):
+    call = calls()[op]
+    expected = call(backend="reference")
+    np.testing.assert_array_equal(call(), expected)
+    with pytest.raises(NotImplementedError, match=f"{op} has no 'mosaic_mma' backend"):
+        call(backend="mosaic_mma")
+    with pytest.raises(ValueError, match="backend='triton' is unknown"):
+        call(backend="triton")
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "mosaic_mma")
+    with pytest.raises(NotImplementedError, match=f"{op} has no 'mosaic_mma' backend"):
+        call()

@@ -1,0 +1,236 @@
+"""LLM: batches, streams, stops and refusals, on the embedded demo model."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qserve_jax
+from qserve_jax import LLM, SamplingParams
+from qserve_jax.checkpoint import LoadedModel, load_model
+from qserve_jax.runtime.sequence import RequestOutput
+
+DEMO = Path(qserve_jax.__file__).parent / "assets" / "demo"
+PROMPTS = ["Once upon a time", "The cat", "Lily and Tom went to the park to play with a big ball."]
+
+
+@pytest.fixture(scope="module")
+def exact() -> LoadedModel:
+    return load_model(DEMO, precision="w16a16kv16", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def llm(exact) -> LLM:
+    return LLM(exact, max_model_len=256, num_pages=64, max_num_seqs=8, seed=0)
+
+
+@pytest.fixture(scope="module")
+def greedy(llm) -> list[RequestOutput]:
+    return llm.generate(PROMPTS, SamplingParams(max_tokens=24))
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone(llm, greedy):
+    for prompt, together in zip(PROMPTS, greedy, strict=True):
+        alone = llm.generate(prompt, SamplingParams(max_tokens=24))[0]
+        assert alone.token_ids == together.token_ids and alone.text == together.text
+    assert [output.index for output in greedy] == [0, 1, 2]
+    assert all(output.finish_reason == "length" for output in greedy)
+
+
+def test_greedy_tokens_are_the_argmax_of_the_whole_sequence(exact, greedy):
+    for output in greedy:
+        ids = jnp.asarray([output.prompt_token_ids + output.token_ids])
+        best = np.asarray(jnp.argmax(exact.model.apply({"params": exact.params}, ids), axis=-1))[0]
+        start = len(output.prompt_token_ids) - 1
+        assert best[start:-1].tolist() == output.token_ids
+
+
+def test_a_small_pool_serves_all_in_turn(exact, greedy):
+    small = LLM(exact, max_model_len=256, num_pages=2, page_size=32, max_num_seqs=8)
+    outputs = small.generate(PROMPTS, SamplingParams(max_tokens=24))
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in greedy]
+    assert small.pool.free_pages == 2
+
+
+def test_another_length_in_the_same_bucket_compiles_nothing(llm, greedy):
+    llm.generate("One day", SamplingParams(max_tokens=20))
+    compiled = llm._prefill._cache_size(), llm._decode._cache_size()
+    llm.generate("One day a big brown dog", SamplingParams(max_tokens=11))
+    assert (llm._prefill._cache_size(), llm._decode._cache_size()) == compiled
+
+
+def test_pieces_of_a_stream_are_the_text(llm, greedy):
+    pieces, tokens, reasons = [""] * 3, [[], [], []], [None] * 3
+    for event in llm.stream(PROMPTS, SamplingParams(max_tokens=24)):
+        pieces[event.index] += event.text
+        tokens[event.index] += event.token_ids
+        reasons[event.index] = event.finish_reason
+    assert pieces == [o.text for o in greedy]
+    assert tokens == [o.token_ids for o in greedy]
+    assert reasons == ["length"] * 3
+
+
+def test_closing_a_stream_gives_its_pages_back(llm):
+    stream = llm.stream(PROMPTS, SamplingParams(max_tokens=100))
+    next(stream)
+    assert llm.pool.free_pages < llm.pool.num_pages
+    stream.close()
+    assert llm.pool.free_pages == llm.pool.num_pages
+
+
+def test_stop_strings_end_the_text_before_them(llm, greedy):
+    text = greedy[0].text
+    stop = text[10:16]  # across token boundaries
+    output = llm.generate(PROMPTS[0], SamplingParams(max_tokens=24, stop=stop))[0]
+    assert output.text == text[: text.index(stop)] and output.finish_reason == "stop"
+    assert output.token_ids == greedy[0].token_ids[: len(output.token_ids)]
+    kept = SamplingParams(max_tokens=24, stop=stop, include_stop_str_in_output=True)
+    assert llm.generate(PROMPTS[0], kept)[0].text == text[: text.index(stop) + len(stop)]
+
+
+def test_stop_token_ids_end_a_sequence_and_are_not_text(llm, greedy):
+    stop = greedy[0].token_ids[5]
+    output = llm.generate(PROMPTS[0], SamplingParams(max_tokens=24, stop_token_ids=[stop]))[0]
+    first = greedy[0].token_ids.index(stop)
+    assert output.token_ids == greedy[0].token_ids[: first + 1]
+    assert output.text == llm.tokenizer.decode(output.token_ids[:-1])
+    assert output.finish_reason == "stop"
+
+
+def test_the_end_of_the_story_stops_unless_ignored(llm):
+    end = llm.config.eos_token_ids[0]
+    biased = {"max_tokens": 5, "logit_bias": {end: 100.0}}
+    stopped, ignored = llm.generate(
+        [PROMPTS[0]] * 2, [SamplingParams(**biased), SamplingParams(**biased, ignore_eos=True)]
+    )
+    assert (stopped.token_ids, stopped.finish_reason, stopped.text) == ([end], "stop", "")
+    assert (ignored.token_ids, ignored.finish_reason) == ([end] * 5, "length")
+
+
+def test_the_context_ends_a_sequence(exact):
+    short = LLM(exact, max_model_len=20, num_pages=4)
+    output = short.generate("Once upon a time", SamplingParams(max_tokens=100))[0]
+    assert len(output.prompt_token_ids) + len(output.token_ids) == 20
+    assert output.finish_reason == "length"
+
+
+def test_a_seed_gives_the_same_tokens_in_any_batch(llm):
+    params = SamplingParams(max_tokens=16, temperature=1.0, top_p=0.9, seed=7)
+    alone = llm.generate(PROMPTS[1], params)[0].token_ids
+    others = SamplingParams(max_tokens=30, temperature=1.5)
+    batch = llm.generate(PROMPTS, [others, params, others])
+    assert batch[1].token_ids == alone
+
+
+def test_samples_of_one_prompt_differ_and_come_in_order(llm):
+    outputs = llm.generate(PROMPTS[:2], SamplingParams(n=3, max_tokens=16, temperature=1.0, seed=1))
+    assert [(o.index, o.sample) for o in outputs] == [(i, s) for i in (0, 1) for s in range(3)]
+    assert len({tuple(o.token_ids) for o in outputs[:3]}) == 3
+
+
+def test_requests_without_a_seed_draw_anew_and_an_engine_seed_repeats_them(exact):
+    params = SamplingParams(max_tokens=12, temperature=1.0)
+
+    def two_calls():
+        llm = LLM(exact, max_model_len=64, num_pages=4, seed=3)
+        return [llm.generate(PROMPTS[0], params)[0].token_ids for _ in range(2)]
+
+    first = two_calls()
+    assert first[0] != first[1]
+    assert two_calls() == first
+
+
+def test_logprobs_are_the_models_own(exact, llm):
+    first, second = llm.generate(
+        [PROMPTS[0]] * 2,
+        [
+            SamplingParams(max_tokens=6, logprobs=3),
+            SamplingParams(max_tokens=6, logprobs=1, temperature=0.7, top_k=5, seed=1),
+        ],
+    )
+    for output, count in ((first, 3), (second, 1)):
+        ids = jnp.asarray([output.prompt_token_ids + output.token_ids])
+        logits = jnp.asarray(exact.model.apply({"params": exact.params}, ids))
+        want = np.asarray(jax.nn.log_softmax(logits, axis=-1))[0]
+        assert output.logprobs is not None and len(output.logprobs) == 6
+        for i, got in enumerate(output.logprobs):
+            row = want[len(output.prompt_token_ids) - 1 + i]
+            assert got.token_id == output.token_ids[i]
+            np.testing.assert_allclose(got.logprob, row[got.token_id], atol=1e-4)
+            assert [token for token, _ in got.top] == np.argsort(-row)[:count].tolist()
+            np.testing.assert_allclose(
+                [p for _, p in got.top], np.sort(row)[::-1][:count], atol=1e-4
+            )
+
+
+def test_penalties_count_across_device_calls(exact):
+    """100 tokens take two calls of the decode loop; the counts must go on where they were."""
+    llm = LLM(exact, max_model_len=256, num_pages=8)
+    params = SamplingParams(max_tokens=100, frequency_penalty=2.0, ignore_eos=True)
+    output = llm.generate(PROMPTS[0], params)[0]
+    ids = jnp.asarray([output.prompt_token_ids + output.token_ids])
+    logits = np.asarray(exact.model.apply({"params": exact.params}, ids), np.float32)[0]
+    counts = np.zeros(logits.shape[-1], np.float32)
+    start = len(output.prompt_token_ids) - 1
+    for i, token in enumerate(output.token_ids):
+        scores = logits[start + i] - 2.0 * counts
+        assert scores[token] >= scores.max() - 1e-4
+        counts[token] += 1
+
+
+def test_chat_messages_go_through_the_template(llm, monkeypatch):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    monkeypatch.setattr(llm.tokenizer, "chat_template", template, raising=False)
+    messages = [{"role": "user", "content": "Tell me a story."}]
+    output = llm.generate(messages, SamplingParams(max_tokens=2))[0]
+    assert llm.tokenizer.decode(output.prompt_token_ids) == "user: Tell me a story.\n"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "message"),
+    [
+        ("", {}, "the prompt is empty: give at least one token"),
+        ([[]], {}, "the prompt is empty"),
+        ([[5], [99999]], {}, "prompt 1: token id 99999 is outside the vocabulary 0..2047"),
+        ([[1] * 300], {}, "prompt has 300 tokens but the context holds 256: at most 255 leave"),
+        ([["a"]], {}, "prompt holds 'a': a list prompt must be token ids or messages"),
+        ([[{"role": "user", "content": "x"}]], {}, "the tokenizer has no chat template"),
+        ([[5]], {"stop_token_ids": [4000]}, "stop_token_ids has token id 4000"),
+    ],
+)
+def test_bad_requests_are_refused_in_one_line(llm, prompts, params, message):
+    with pytest.raises(ValueError) as error:
+        llm.generate(prompts, SamplingParams(**params))
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert llm.pool.free_pages == llm.pool.num_pages
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_model_len": 5000}, "max_model_len=5000 must be in 2..1024"),
+        ({"num_pages": -1}, "num_pages=-1 must be at least 1"),
+        ({"page_size": 0}, "page_size=0 must be at least 1"),
+        ({"max_num_seqs": 0}, "max_num_seqs=0 must be at least 1"),
+        ({"attends": "half"}, "attends='half' is unknown: use one of ('full', 'quantized')"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(exact, settings, message):
+    with pytest.raises(ValueError, match="^[^\n]*$") as error:
+        LLM(exact, **{"num_pages": 4, **settings})
+    assert message in str(error.value)
+
+
+def test_a_pool_too_small_for_one_request_is_refused(exact):
+    tiny = LLM(exact, max_model_len=256, num_pages=1, page_size=16)
+    with pytest.raises(ValueError, match="need 2 pages of 16 tokens but the pool has 1: raise"):
+        tiny.generate("Once upon a time", SamplingParams(max_tokens=20))
+
+
+@pytest.mark.parametrize("attends", ["full", "quantized"])
+def test_w4a8kv4_tells_a_story(attends):
+    llm = LLM(DEMO, max_model_len=128, num_pages=8, attends=attends)
+    output = llm.generate("Once upon a time", SamplingParams(max_tokens=40))[0]
+    assert output.text.startswith(", there was a little girl named Lily. She loved to play")

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+from provenance import ROOT, provenance
 from tinystories import held_out, join_stories, load_stories
 from tokenizers import Tokenizer
 
@@ -23,7 +21,6 @@ from qserve_jax.checkpoint import LoadedModel, load_model
 from qserve_jax.models import CausalLM
 from qserve_jax.runtime.perplexity import Perplexity, loss_difference
 
-ROOT = Path(__file__).parents[1]
 ROWS = {
     "float": QuantConfig.preset("w16a16kv16"),
     "W4A8KV4 g128": QuantConfig.preset("w4a8kv4"),
@@ -76,18 +73,6 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         shown = (row["precision"], perplexity, *((change, loss) if i else ("", "")))
         lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines)
-
-
-def provenance() -> dict[str, Any]:
-    """Where the numbers come from: device, versions, commit (with -dirty where files differ)."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    found = subprocess.run(git, capture_output=True, text=True, check=False)
-    return {
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax")},
-        "python": sys.version.split()[0],
-        "commit": found.stdout.strip() or "unknown",
-    }
 
 
 def main() -> None:

@@ -1,0 +1,27 @@
+"""Where measured numbers come from, for the JSON files under docs/results."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+ROOT = Path(__file__).parents[1]
+
+
+def provenance() -> dict[str, Any]:
+    """Device, cores, versions, and the commit (with -dirty where tracked files differ from it)."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    found = subprocess.run(git, capture_output=True, text=True, check=False)
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cpu_cores": os.cpu_count(),
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax")},
+        "python": sys.version.split()[0],
+        "commit": found.stdout.strip() or "unknown",
+    }

@@ -41,21 +41,24 @@ def attend(
 
     def one_block(block):
         queries, positions = block
-        queries = queries.astype(jnp.float32).reshape(b, -1, heads, n // heads, h) * scale
-        scores = jnp.einsum("BTKGH,BSKH->BKGTS", queries, k, precision="highest")
+        # Queries of one KV head are rows of one matmul, [B, K, T * G, H].
+        rows = queries.astype(jnp.float32).reshape(b, -1, heads, n // heads, h) * scale
+        rows = jnp.swapaxes(rows, 1, 2).reshape(b, heads, -1, h)
+        scores = jnp.einsum("BKMH,BSKH->BKMS", rows, k, precision="highest")
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
         distance = positions[:, :, None] - k_positions[:, None, :]
         seen = k_valid[:, None, :] & (distance >= 0)
         if window is not None:
             seen &= distance < window
-        seen = seen[:, None, None]
+        seen = jnp.repeat(seen, n // heads, axis=1)[:, None]
         scores = jnp.where(seen, scores, MASKED)
         weights = jnp.where(seen, jnp.exp(scores - scores.max(-1, keepdims=True)), 0)
-        total = weights.sum(-1)
+        total = weights.sum(-1, keepdims=True)
         total = jnp.where(total > 0, total, 1)  # a query that sees nothing
-        out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, precision="highest")
-        return (out / jnp.einsum("BKGT->BTKG", total)[..., None]).reshape(b, -1, n, h)
+        out = jnp.einsum("BKMS,BSKH->BKMH", weights, v, precision="highest") / total
+        out = out.reshape(b, heads, -1, n // heads, h)
+        return jnp.swapaxes(out, 1, 2).reshape(b, -1, n, h)
 
     if t <= QUERY_BLOCK:
         return one_block((q, q_positions)).astype(q.dtype)

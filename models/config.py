@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import reprlib
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+
+LARGEST_SIZE = 2**31 - 1
+"""Sizes and positions are counted in int32."""
+LARGEST_ROPE = 1e15
+"""Far above any published base or factor, and small enough for all formulas to stay finite."""
+
+brief = reprlib.Repr(maxstring=60, maxother=60).repr
+"""repr for error messages: one line, and short whatever a config.json holds."""
 
 # (name, lower bound, whether the bound itself is excluded)
 _ROPE_BOUNDS = (
@@ -14,8 +22,8 @@ _ROPE_BOUNDS = (
     ("original_max_position_embeddings", 1, False),
     ("low_freq_factor", 0, True),
     ("high_freq_factor", 0, True),
-    ("beta_fast", 0, True),
-    ("beta_slow", 0, True),
+    ("beta_fast", 1e-6, False),
+    ("beta_slow", 1e-6, False),
     ("attention_factor", 0, True),
     ("mscale", 0, False),
     ("mscale_all_dim", 0, False),
@@ -24,10 +32,10 @@ _ROPE_ORDERS = (("low_freq_factor", "high_freq_factor", True), ("beta_slow", "be
 
 
 def _in_range(value: object, low: float, strict: bool) -> bool:
-    """Whether `value` is a finite number (JSON may hold strings, booleans and NaN) above `low`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """Whether `value` is a number (JSON may hold strings, booleans and NaN) in range."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return value > low if strict else value >= low
+    return (value > low if strict else value >= low) and value <= LARGEST_ROPE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +63,15 @@ class RopeConfig:
     def __post_init__(self):
         if self.rope_type not in ROPE_TYPES:
             raise ValueError(
-                f"rope_type {self.rope_type!r} is not supported: use a checkpoint with one of "
+                f"rope_type {brief(self.rope_type)} is not supported: use a checkpoint with one of "
                 f"{', '.join(ROPE_TYPES)}"
             )
         for name, low, strict in _ROPE_BOUNDS:
             value = getattr(self, name)
             if value is not None and not _in_range(value, low, strict):
-                bound = f"{'above' if strict else 'of at least'} {low:g}"
-                raise ValueError(f"rope {name}={value!r} is out of range: set a number {bound}")
+                bound = f"{'above' if strict else 'of at least'} {low:g}, up to {LARGEST_ROPE:g}"
+                value = brief(value)
+                raise ValueError(f"rope {name}={value} is out of range: set a number {bound}")
         for low_name, high_name, strict in _ROPE_ORDERS:
             low, high = getattr(self, low_name), getattr(self, high_name)
             if not _in_range(high, low, strict):
@@ -70,14 +79,17 @@ class RopeConfig:
                     f"rope {high_name}={high!r} is not above {low_name}={low!r}: correct them"
                 )
         if not isinstance(self.truncate, bool):
-            raise ValueError(f"rope truncate={self.truncate!r} is not a boolean: set true or false")
+            raise ValueError(
+                f"rope truncate={brief(self.truncate)} is not a boolean: set true or false"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer of the Llama kind. Hashable: use it as a static jit argument.
 
-    Raises ValueError where sizes cannot go together (query and KV heads, head_dim and rope).
+    Raises ValueError where sizes cannot go together (query and KV heads, head_dim and rope), and
+    for a rope factor that makes the context longer than LARGEST_SIZE.
     """
 
     model_type: str
@@ -109,6 +121,11 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd: rotary embeddings need it even")
+        if self.context_length > LARGEST_SIZE:
+            raise ValueError(
+                f"rope factor={self.rope.factor!r} makes a context of {self.context_length} "
+                f"tokens, beyond the limit of {LARGEST_SIZE}: correct it"
+            )
         if self.rope.rope_type == "dynamic" and self.head_dim < 4:
             raise ValueError(f"head_dim={self.head_dim} is too small: dynamic rope needs 4 or more")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qserve_jax.models.config import ModelConfig
-from qserve_jax.models.hf_keys import refuse_unsupported
+from qserve_jax.models.config import ModelConfig, brief
+from qserve_jax.models.hf_keys import read_bool, read_size, read_token_ids, refuse_unsupported
 from qserve_jax.models.hf_rope import rope_from_hf
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -53,46 +53,38 @@ def read_config(
     positions = read_size(hf, "max_position_embeddings", max_position_embeddings)
     num_layers = read_size(hf, "num_hidden_layers")
     _check_layer_types(hf, num_layers, sliding_window)
-    # null means one KV head per head, also in families where a missing key means another number
-    default_kv_heads = num_heads if "num_key_value_heads" in hf else num_kv_heads or num_heads
+    vocab_size = read_size(hf, "vocab_size")
     return ModelConfig(
         model_type=hf["model_type"],
-        vocab_size=read_size(hf, "vocab_size"),
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=read_size(hf, "intermediate_size"),
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=read_size(hf, "num_key_value_heads", default_kv_heads),
+        num_kv_heads=_read_kv_heads(hf, num_heads, num_kv_heads or num_heads),
         head_dim=read_size(hf, "head_dim", head_dim or _split_heads(hf, hidden_size, num_heads)),
         max_position_embeddings=positions,
         rms_norm_eps=_read_eps(hf),
         rope=rope_from_hf(hf, positions),
         tie_embeddings=read_bool(hf, "tie_word_embeddings"),
         sliding_window=sliding_window,
-        bos_token_id=_read_bos(hf, bos_token_id),
-        eos_token_ids=_read_eos(hf, eos_token_id),
+        bos_token_id=_read_bos(hf, vocab_size, bos_token_id),
+        eos_token_ids=read_token_ids(hf, "eos_token_id", vocab_size, eos_token_id),
         dtype=_read_dtype(hf),
         **flags,
     )
 
 
-def read_size(hf: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """hf[key] as a positive integer, the default if missing or null; ValueError if none fits."""
-    value = hf.get(key)
-    value = default if value is None else value
-    if value is None:
-        raise ValueError(f"config.json has no {key}: add it, it has no meaningful default")
-    if not _is_int(value) or value <= 0:
-        raise ValueError(f"{key}={value!r} is not a positive integer: correct config.json")
-    return value
-
-
-def read_bool(hf: Mapping[str, Any], key: str) -> bool:
-    """hf[key], by default False. Raises ValueError if it is not a boolean."""
-    value = hf.get(key, False)
-    if not isinstance(value, bool):
-        raise ValueError(f"{key}={value!r} is not a boolean: write true or false")
-    return value
+def _read_kv_heads(hf: Mapping[str, Any], num_heads: int, missing: int) -> int:
+    """null means one KV head per head, also in families where a missing key means another number"""
+    if "num_key_value_heads" in hf:
+        return read_size(hf, "num_key_value_heads", num_heads)
+    if num_heads % missing:
+        raise ValueError(
+            f"config.json has no num_key_value_heads, and its default of {missing} does not divide "
+            f"num_attention_heads={num_heads}: add it"
+        )
+    return missing
 
 
 def _split_heads(hf: Mapping[str, Any], hidden_size: int, num_heads: int) -> int | None:
@@ -107,27 +99,14 @@ def _split_heads(hf: Mapping[str, Any], hidden_size: int, num_heads: int) -> int
 def _read_eps(hf: Mapping[str, Any]) -> float:
     eps = hf.get("rms_norm_eps", 1e-6)
     if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
-        raise ValueError(f"rms_norm_eps={eps!r} is not between 0 and 1: correct config.json")
+        raise ValueError(f"rms_norm_eps={brief(eps)} is not between 0 and 1: correct config.json")
     return float(eps)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _read_bos(hf: Mapping[str, Any], default: int | None) -> int | None:
-    value = hf.get("bos_token_id", default)
-    if value is not None and not _is_int(value):
-        raise ValueError(f"bos_token_id={value!r} is not an integer or null: correct it")
-    return value
-
-
-def _read_eos(hf: Mapping[str, Any], default: int | None) -> tuple[int, ...]:
-    value = hf.get("eos_token_id", default)
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(map(_is_int, ids)):
-        raise ValueError(f"eos_token_id={value!r} is not an integer or a list of them: correct it")
-    return tuple(ids)
+def _read_bos(hf: Mapping[str, Any], vocab_size: int, default: int | None) -> int | None:
+    if isinstance(hf.get("bos_token_id"), list):
+        raise ValueError(f"bos_token_id={brief(hf['bos_token_id'])} is not an integer or null")
+    return next(iter(read_token_ids(hf, "bos_token_id", vocab_size, default)), None)
 
 
 def _read_dtype(hf: Mapping[str, Any]) -> str:
@@ -135,7 +114,7 @@ def _read_dtype(hf: Mapping[str, Any]) -> str:
     dtype = hf.get("dtype") or hf.get("torch_dtype") or "bfloat16"
     if dtype not in DTYPES:
         known = ", ".join(DTYPES)
-        raise ValueError(f"dtype={dtype!r} is not supported: use a checkpoint in {known}")
+        raise ValueError(f"dtype={brief(dtype)} is not supported: use a checkpoint in {known}")
     return dtype
 
 
@@ -144,6 +123,6 @@ def _check_layer_types(hf: Mapping[str, Any], num_layers: int, sliding_window: i
     kind = "full_attention" if sliding_window is None else "sliding_attention"
     if hf.get("layer_types") not in (None, [kind] * num_layers):
         raise ValueError(
-            f"layer_types={hf['layer_types']!r:.80} is not supported: with sliding window "
+            f"layer_types={brief(hf['layer_types'])} is not supported: with sliding window "
             f"{sliding_window} in effect, use a checkpoint with all {num_layers} layers {kind!r}"
         )

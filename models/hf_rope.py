@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qserve_jax.models.config import ROPE_TYPES, RopeConfig
+from qserve_jax.models.config import ROPE_TYPES, RopeConfig, brief
+from qserve_jax.models.hf_keys import read_size, show
 
 # Keys that each type needs, and those it may have (transformers `_validate_*_rope_parameters`).
 _REQUIRED: dict[str, tuple[str, ...]] = {
@@ -50,16 +51,12 @@ def rope_from_hf(hf: Mapping[str, Any], max_position_embeddings: int) -> RopeCon
     rope_type = _same(scaling, "rope_type", scaling, "type", "default")
     if rope_type not in ROPE_TYPES:
         known = ", ".join(ROPE_TYPES)
-        raise ValueError(f"rope_type {rope_type!r} is not supported: use a checkpoint with {known}")
+        raise ValueError(f"rope_type {brief(rope_type)} is not supported: use one of {known}")
     _check_keys(scaling, rope_type)
     values = {k: v for k, v in scaling.items() if k not in _HEADER and v is not None}
     if rope_type in ("llama3", "yarn"):
-        original = values.setdefault("original_max_position_embeddings", max_position_embeddings)
-        if not isinstance(original, int) or original <= 0:
-            raise ValueError(
-                f"rope original_max_position_embeddings={original!r} is not a positive integer: "
-                "correct it"
-            )
+        original = read_size(values, "original_max_position_embeddings", max_position_embeddings)
+        values["original_max_position_embeddings"] = original
         values.setdefault("factor", max_position_embeddings / original)
     theta = _same(scaling, "rope_theta", hf, "rope_theta", 10000.0)
     return RopeConfig(rope_type=rope_type, theta=theta, **values)
@@ -69,7 +66,9 @@ def _scaling_dict(hf: Mapping[str, Any]) -> Mapping[str, Any]:
     """Whichever of the two spellings is there, {} if none."""
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(hf.get(key) or {}, Mapping):
-            raise ValueError(f"{key}={hf[key]!r} is not an object: write one, or null for none")
+            raise ValueError(
+                f"{key}={brief(hf[key])} is not an object: write one, or null for none"
+            )
     return _same(hf, "rope_parameters", hf, "rope_scaling", None) or {}
 
 
@@ -77,7 +76,9 @@ def _same(a: Mapping[str, Any], a_key: str, b: Mapping[str, Any], b_key: str, de
     """a[a_key], else b[b_key], else default; both may be given if they are equal."""
     first, second = a.get(a_key), b.get(b_key)
     if first and second and first != second:
-        raise ValueError(f"{a_key}={first!r} contradicts {b_key}={second!r}: keep only one")
+        raise ValueError(
+            f"{a_key}={brief(first)} contradicts {b_key}={brief(second)}: keep only one"
+        )
     return next((v for v in (first, second) if v not in (None, {})), default)
 
 
@@ -90,8 +91,9 @@ def _check_keys(scaling: Mapping[str, Any], rope_type: str) -> None:
     known = _HEADER | {*required, *_OPTIONAL.get(rope_type, ())}
     unread = {k: v for k, v in scaling.items() if k not in known and v is not None}
     if unread:
-        shown = ", ".join(f"{k}={v!r}" for k, v in unread.items())
-        raise ValueError(f"rope_type {rope_type!r} does not read {shown}: remove it, or correct it")
+        raise ValueError(
+            f"rope_type {rope_type!r} does not read {show(unread)}: remove it, or correct it"
+        )
     if scaling.get("partial_rotary_factor", 1) not in (1, None):
         value = scaling["partial_rotary_factor"]
-        raise ValueError(f"partial_rotary_factor={value!r} is not supported: it must be 1.0")
+        raise ValueError(f"partial_rotary_factor={brief(value)} is not supported: it must be 1.0")

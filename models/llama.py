@@ -201,8 +201,7 @@ def full_attention(config: ModelConfig, positions: Array, kv_bits: int) -> Atten
     valid = jnp.ones(positions.shape, bool)
 
     def attention(q, k, v, layer, state):
-        if kv_bits != 16:  # in float32, as a cache returns them, whatever the model's dtype
-            k, v = (fake_quantize_kv(x.astype(jnp.float32), kv_bits) for x in (k, v))
+        k, v = (fake_quantize_kv(x, kv_bits) for x in (k, v))
         out = attend(
             q,
             k,
@@ -261,6 +260,23 @@ def slot_mapping(block_table: Array, positions: Array, valid: Array, page_size: 
     return jnp.where(valid & (page >= 0), slot, -1).reshape(-1)
 
 
+def check_inputs(
+    tokens: Array, form: str, block_table: Array, lens: dict[str, Array | None]
+) -> None:
+    """ValueError unless all are integer arrays, tokens of `form`, the lens [B] (or None)."""
+    arrays = {"tokens": (tokens, form), "block_table": (block_table, "[B, max_pages]")}
+    arrays |= {name: (x, "[B]") for name, x in lens.items() if x is not None}
+    rows = jnp.shape(tokens)[:1]
+    for name, (x, axes) in arrays.items():
+        shape, dtype = jnp.shape(x), jnp.result_type(x)
+        fits = len(shape) == axes.count(",") + 1 and shape[:1] == rows
+        if not fits or not jnp.issubdtype(dtype, jnp.integer):
+            raise ValueError(
+                f"{name} is {dtype}{list(shape)} but must be an integer {axes} with one B for all "
+                f"(tokens {list(jnp.shape(tokens))}; prefill takes [B, T], decode_step [B])"
+            )
+
+
 def prefill(
     model: CausalLM,
     params: Params,
@@ -289,8 +305,10 @@ def prefill(
     Returns (cache, logits f32[B, V] of each last real token), or [B, T, V] with all_logits.
 
     Pure and traceable: jit it with model, attends, cached_pages, all_logits static, and donate the
-    cache.
+    cache. Raises ValueError on shapes and dtypes that do not fit.
     """
+    lens = {"context_lens": context_lens, "query_lens": query_lens, "rope_lens": rope_lens}
+    check_inputs(tokens, "[B, T]", block_table, lens)
     b, t = tokens.shape
     query_lens = jnp.minimum(context_lens, t) if query_lens is None else query_lens
     offsets = jnp.broadcast_to(jnp.arange(t), (b, t))
@@ -321,8 +339,10 @@ def decode_step(
     """One new token for each of B sequences: tokens i32[B] -> (cache, logits f32[B, V]).
 
     context_lens counts the new token; a row with 0 is idle: it writes nothing and its logits mean
-    nothing. Other arguments as in `prefill`.
+    nothing. Other arguments, and errors, as in `prefill`.
     """
+    lens = {"context_lens": context_lens, "rope_lens": rope_lens}
+    check_inputs(tokens, "[B]", block_table, lens)
     return prefill(
         model,
         params,

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from qserve_jax.models.config import ModelConfig
-from qserve_jax.models.hf_config import read_config, read_size
+from qserve_jax.models.hf_config import read_config
+from qserve_jax.models.hf_keys import read_size
 
 
 def mistral_config(hf: Mapping[str, Any]) -> ModelConfig:

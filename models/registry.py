@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qserve_jax.models.config import ModelConfig
+from qserve_jax.models.config import ModelConfig, brief
 from qserve_jax.models.hf_config import llama_config
 from qserve_jax.models.mistral import mistral_config
 from qserve_jax.models.qwen2 import qwen2_config
@@ -29,5 +29,5 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     model_type = hf.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise ValueError(f"model_type {model_type!r} is not supported: use one of {known}")
+        raise ValueError(f"model_type {brief(model_type)} is not supported: use one of {known}")
     return FAMILIES[model_type](hf)

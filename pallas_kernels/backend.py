@@ -1,10 +1,16 @@
-"""Which implementation of an operation runs: by argument, by environment, or the first that can."""
+"""Which implementation of an operation runs: by argument, by environment, or the first that can.
+
+And the check of `layer` that the operations share.
+"""
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from jax.core import Tracer
 
 BACKENDS = ("mosaic_sm90", "mosaic_mma", "reference")
 """All backend names, fastest first. An operation need not have all of them."""
@@ -45,3 +51,22 @@ def dispatch(
         except NotImplementedError as error:
             refusal = error
     raise refusal or NotImplementedError(f"{op}: no backend")
+
+
+def check_layer(layer: Any, name: str, shape: tuple[int, ...], stacked: bool) -> None:
+    """ValueError unless `layer` is one of the layers of an array of `shape` that is called `name`.
+
+    stacked: whether the array has a leading axis of layers; without one, layer must be None. A
+    traced layer is trusted to lie within: XLA clamps it on a read and drops a write.
+    """
+    if stacked != (layer is not None):
+        cure = "name one layer" if stacked else "leave layer out"
+        raise ValueError(f"{name} of shape {shape} do not go with {layer=}: {cure}")
+    if layer is None or isinstance(layer, Tracer):
+        return
+    try:
+        index = operator.index(layer)
+    except TypeError:
+        raise ValueError(f"{layer=} is no integer: use 0..{shape[0] - 1}") from None
+    if not 0 <= index < shape[0]:
+        raise ValueError(f"layer={index} but the {name} have layers 0..{shape[0] - 1}: use one")

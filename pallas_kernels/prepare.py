@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from qserve_jax.pallas_kernels.backend import resolve
@@ -38,22 +39,34 @@ def _fusable(parts: list[dict]) -> bool:
     return len(kinds) == 1 and len({"bias" in part for part in parts}) == 1
 
 
-def prepare_for_backend(params: dict, backend: str | None = None) -> dict:
+def prepare_for_backend(
+    params: dict, backend: str | None = None, *, in_place: bool = False
+) -> dict:
     """The tree a model runs fastest with: q/k/v fused to `qkv_proj`, gate/up to `gate_up_proj`.
 
     params: a canonical tree (docs/architecture.md), float or quantised. Models accept both trees
     and give the same integers. Projections quantised in different ways are left apart.
     backend: the one it will run on; all of them read this form so far.
+    in_place: turn `params` itself, plain dicts, into the fused tree and return it. Parts are
+      dropped once they are fused, so that besides the result only the parts of one projection are
+      in memory; otherwise all parts stay, as long as the caller keeps `params`.
 
-    Raises ValueError on an unknown backend.
+    Raises ValueError on an unknown backend, and in place where params["layers"] is no dict.
     """
     resolve(backend)
-    layers = dict(params["layers"])
+    layers = params["layers"]
+    if in_place and not isinstance(layers, dict):
+        raise ValueError(
+            f"in_place=True needs plain dicts, got {type(layers).__name__}: pass in_place=False"
+        )
+    layers = layers if in_place else dict(layers)
     for fused, names in FUSED.items():
-        parts = [layers[name] for name in names if name in layers]
-        if len(parts) == len(names) and _fusable(parts):
-            for name in names:
-                del layers[name]
-            keys = parts[0].keys()
-            layers[fused] = {key: concatenate_out([part[key] for part in parts]) for key in keys}
-    return {**params, "layers": layers}
+        if all(name in layers for name in names) and _fusable([layers[name] for name in names]):
+            layers[fused] = _fuse([layers.pop(name) for name in names])
+    return params if in_place else {**params, "layers": layers}
+
+
+def _fuse(parts: list[dict]) -> dict:
+    """One projection of several. Waits for it: until then the runtime holds the parts."""
+    fused = {key: concatenate_out([part[key] for part in parts]) for key in parts[0]}
+    return jax.block_until_ready(fused)

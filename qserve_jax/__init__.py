@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qserve_jax.checkpoint import load_model
     from qserve_jax.quantization import (
         QuantConfig,
+        Rule,
         dequantize_params,
         quantization_report,
         quantize_params,
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "QuantConfig",
+    "Rule",
     "SamplingParams",
     "dequantize_params",
     "load_model",
@@ -34,6 +36,7 @@ __all__ = [
 _HOME = {
     "LLM": "runtime",
     "QuantConfig": "quantization",
+    "Rule": "quantization",
     "SamplingParams": "runtime",
     "dequantize_params": "quantization",
     "load_model": "checkpoint",

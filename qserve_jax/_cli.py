@@ -6,17 +6,23 @@ JAX is imported inside functions, so that `--help` and wrong flags answer at onc
 from __future__ import annotations
 
 import argparse
+import codecs
+import contextlib
 import importlib.resources
+import io
+import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from qserve_jax.checkpoint import LoadedModel
     from qserve_jax.runtime import LLM
 
 # Copies of quantization.config.PRECISIONS and pallas_kernels.BACKENDS, which a test compares.
@@ -35,6 +41,35 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UsageError(f"{message} (see --help)")
 
+    def flag_names(self, message: str) -> str:
+        """A message of the library with flags for parameters: --top-p 2.0 for top_p=2.0.
+
+        Names of one word are words too, and are replaced before = only.
+        """
+        flags = {
+            action.dest: action.option_strings[0]
+            for action in self._actions
+            if action.option_strings
+        }
+
+        def flag(match: re.Match[str]) -> str:
+            name, equals = match.groups()
+            if not equals and "_" not in name:
+                return name
+            return flags[name] + (" " if equals else "")
+
+        return re.sub(rf"(?<![\w./'\"-])({'|'.join(flags)})\b(=?)", flag, message)
+
+    @contextlib.contextmanager
+    def errors_name_flags(self) -> Iterator[None]:
+        """Within, the message of a ValueError passes through `flag_names`."""
+        try:
+            yield
+        except ValueError as error:
+            if len(error.args) == 1:  # else a message is made of them, as in UnicodeDecodeError
+                error.args = (self.flag_names(str(error)),)
+            raise
+
 
 def run(
     command: str, body: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
@@ -45,14 +80,15 @@ def run(
     raises. A reader that closes our output (`| head`) ends the command quietly with 141.
     """
     argv = sys.argv[1:] if argv is None else argv
+    prepare_streams()
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print_warning(message)
+        warnings.showwarning = lambda message, *_, **__: show_warning(str(message))
         try:
             body(argv)
             sys.stdout.flush()
             return 0
         except UsageError as error:
-            return _fail(command, str(error), 2)
+            return _fail(command, _cut(str(error)), 2)
         except KeyboardInterrupt:
             return 130
         except BrokenPipeError:  # point stdout elsewhere, or Python complains when it exits
@@ -62,6 +98,24 @@ def run(
             if "--debug" in argv:
                 raise
             return _fail(command, describe(error), 1)
+
+
+def prepare_streams() -> None:
+    """Make the standard streams safe to use: a closed one is empty, or takes what nobody reads.
+
+    Characters that an encoding lacks are written as \\u escapes, which JSON reads back.
+    """
+    codecs.register_error("qserve_jax.escape", _escape)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+        if mode == "w" and isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="qserve_jax.escape")
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 
 
 def _fail(command: str, message: str, code: int) -> int:
@@ -79,13 +133,25 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {message} (--debug shows the traceback)"
 
 
-def print_warning(message: object) -> None:
+def show_warning(message: str) -> None:
+    """Print a warning, unless it is one of JAX's about the compilation cache that can be mended."""
+    if not remove_broken_programs(message):
+        print_warning(message)
+
+
+def print_warning(message: str) -> None:
     """One line on stderr."""
-    print(f"warning: {_one_line(str(message))}", file=sys.stderr)
+    print(f"warning: {_one_line(message)}", file=sys.stderr)
 
 
 def _one_line(message: str) -> str:
     return " ".join(message.split())
+
+
+def _cut(message: str, length: int = 500) -> str:
+    """Without the middle of what is too long: the start names the flag, the end the cure."""
+    half = length // 2
+    return message if len(message) <= length else f"{message[:half]} ... {message[-half:]}"
 
 
 def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -105,7 +171,7 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that `load_llm` reads."""
+    """The flags that `load` and `make_llm` read."""
     group = parser.add_argument_group("model")
     add, positive = group.add_argument, whole_number(1)
     demo = importlib.resources.files("qserve_jax") / "assets" / "demo"
@@ -127,7 +193,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--page-size", type=positive, metavar="N", default=64,
         help="tokens per page of the KV cache (default: %(default)s)")
     add("--num-pages", type=positive, metavar="N",
-        help="pages of the KV cache (default: what the sequences need, as far as memory goes)")
+        help="pages of the KV cache (default: what the prompts and --max-tokens need, as far as "
+        "memory goes)")
     add("--max-num-seqs", type=positive, metavar="N",
         help="sequences decoded together (default: all, at most 64)")
     add("--tensor-parallel-size", type=positive, metavar="N", default=1,
@@ -149,36 +216,58 @@ def check_model_arguments(args: argparse.Namespace) -> None:
         )
 
 
-def load_llm(args: argparse.Namespace, num_sequences: int) -> tuple[LLM, float]:
-    """The LLM that the flags of `add_model_arguments` ask for, and the seconds it took to load.
+def load(args: argparse.Namespace) -> tuple[LoadedModel, float]:
+    """The model that the flags of `add_model_arguments` ask for, and the seconds it took to load.
 
-    num_sequences: bounds the default of --max-num-seqs, so that the cache is not larger than of
-    use. Compilation is not in the seconds. Raises UsageError for a backend that is not there yet,
-    ValueError as `LLM` does.
+    Compilation is not in the seconds. Raises UsageError for a backend that is not there yet,
+    ValueError as `load_model` does.
     """
     if not args.debug:
         quiet_libraries()
-    from qserve_jax.runtime import LLM
+    from qserve_jax.checkpoint import load_model
     from qserve_jax.runtime.compile_time import clock
 
     _check_backend(args.backend)
     enable_compilation_cache()
     start = clock()
-    llm = LLM(
+    loaded = load_model(
         args.model,
-        args.precision,
-        args.group_size,
-        args.dtype,
-        max_model_len=args.max_model_len,
+        precision=args.precision,
+        group_size=args.group_size,
+        dtype=args.dtype,
+        backend=None if args.backend == "auto" else args.backend,
+        progress=not args.quiet and sys.stderr.isatty(),
+    )
+    return loaded, clock() - start
+
+
+def make_llm(
+    args: argparse.Namespace, loaded: LoadedModel, num_sequences: int, longest: int
+) -> LLM:
+    """The LLM that the flags ask for. Raises ValueError as `LLM` does.
+
+    num_sequences and longest (prompt plus completion, in tokens) keep the default cache from being
+    larger than of use; a context that is asked for and too long is left for LLM to refuse. longest
+    is rounded up, because programs are compiled for the shape of the cache. Consumes `loaded`.
+    """
+    from qserve_jax.pallas_kernels import prepare_for_backend
+    from qserve_jax.runtime import LLM
+
+    backend = None if args.backend == "auto" else args.backend
+    prepare_for_backend(loaded.params, backend, in_place=True)  # frees the parts as it goes
+    context = loaded.config.context_length
+    limit = args.max_model_len or context
+    longest = 1 << (longest - 1).bit_length()
+    return LLM(
+        loaded,
+        max_model_len=limit if limit > context else min(limit, longest),
         page_size=args.page_size,
         num_pages=args.num_pages,
         max_num_seqs=args.max_num_seqs or min(num_sequences, 64),
         seed=args.seed,
         attends=args.attends,
-        backend=None if args.backend == "auto" else args.backend,
-        progress=not args.quiet and sys.stderr.isatty(),
+        backend=backend,
     )
-    return llm, clock() - start
 
 
 def _check_backend(backend: str) -> None:
@@ -216,17 +305,40 @@ def enable_compilation_cache() -> None:
         or jax.config.jax_compilation_cache_dir
         or f"{user_cache}/qserve_jax"
     )
-    folder = Path(folder).expanduser()
     try:
+        folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ is nobody's home
         print_warning(
-            f"compiled programs are not kept, {folder} is not writable ({error.strerror}): set "
-            "QSERVE_JAX_CACHE to another folder"
+            f"compiled programs are not kept, {folder} is not writable "
+            f"({getattr(error, 'strerror', error)}): set QSERVE_JAX_CACHE to another folder"
         )
         jax.config.update("jax_compilation_cache_dir", None)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # small programs add up
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def remove_broken_programs(message: str) -> bool:
+    """Delete the compiled programs that JAX's warning is about; False for another or a failure.
+
+    JAX writes an entry of the cache in place, so that a process killed meanwhile leaves half of it,
+    and never overwrites one: each later run would warn and compile again. It warns before it
+    compiles, so what we delete is written anew at once. The warning names the program only, whose
+    entries for other shapes go too and are compiled when next needed.
+    """
+    import jax
+
+    found = re.match(r"Error reading persistent compilation cache entry for '([^']+)'", message)
+    if found is None or jax.config.jax_compilation_cache_dir is None:
+        return False
+    folder = Path(jax.config.jax_compilation_cache_dir)
+    try:
+        entries = [path for path in folder.iterdir() if path.name.startswith(f"{found[1]}-")]
+        for path in entries:
+            path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return bool(entries)

@@ -9,20 +9,36 @@ stderr. Exit codes: 0, 2 for wrong flags, 1 for any other error, 130 after Ctrl-
 
 from __future__ import annotations
 
+import os
+import signal
+
+# Before the other imports: Python prints or loses a KeyboardInterrupt that comes while it imports
+# modules, for a second or more, and the command has nothing to tidy up. What ignores it (`nohup`)
+# goes on doing so.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import dataclasses
+import io
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from qserve_jax import _cli
 from qserve_jax._cli import UsageError
+from qserve_jax.runtime.prompts import encode_prompt, is_utf8
 from qserve_jax.runtime.prompts_file import Record, check_record, read_prompts_file
 from qserve_jax.runtime.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from qserve_jax.checkpoint import LoadedModel
     from qserve_jax.runtime import LLM, RequestOutput
+
+Place = str
+"""Where a prompt was given, for errors: `--prompt`, or a file and its line."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,20 +49,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def generate(argv: Sequence[str]) -> None:
     """Check the flags, load, generate, print. Raises UsageError before anything is loaded, then
     whatever loading and generating raise."""
-    args, params, records = checked_arguments(argv)
-    llm, load_seconds = _cli.load_llm(args, num_sequences=len(records) * params.n)
-    prompts = [engine_prompt(record, llm.tokenizer, args) for record in records]
-    if args.stream:
-        outputs, first_tokens = [], [stream_text(llm, prompts, params)]
-    else:
-        outputs = llm.generate(prompts, params)
-        first_tokens = [output.time_to_first_token for output in outputs]
+    parser = build_parser()
+    with parser.errors_name_flags():
+        args = parser.parse_args(argv)
+        params, records = checked_arguments(args)
+        llm, prompts, load_seconds = load(args, params, records)
+        if args.stream:
+            outputs, first_tokens = [], [stream_text(llm, prompts, params)]
+        else:
+            outputs = generate_all(llm, prompts, params, [place for place, _ in records])
+            first_tokens = [output.time_to_first_token for output in outputs]
     from qserve_jax.runtime.run_stats import format_stats, run_stats
 
     run = run_stats(llm, load_seconds, first_tokens)
     for output in outputs:
         if args.output == "json":
-            print(json_line(output, records[output.index], run))
+            print(json_line(output, records[output.index][1], run))
         else:
             print_text(output, header=len(outputs) > 1)
     sys.stdout.flush()  # before the statistics, where both go to one terminal
@@ -57,17 +75,53 @@ def generate(argv: Sequence[str]) -> None:
 
 
 def checked_arguments(
-    argv: Sequence[str],
-) -> tuple[argparse.Namespace, SamplingParams, list[Record]]:
-    """The flags, what they say about sampling, and the prompts. Raises UsageError."""
-    args = build_parser().parse_args(argv)
+    args: argparse.Namespace,
+) -> tuple[SamplingParams, list[tuple[Place, Record]]]:
+    """What the flags say about sampling, and the prompts; sets args.stream. Raises UsageError."""
     _cli.check_model_arguments(args)
     try:
         params, records = sampling_params(args), read_records(args)
     except ValueError as error:
         raise UsageError(str(error)) from None
     args.stream = checked_stream(args, num_samples=len(records) * params.n)
-    return args, params, records
+    return params, records
+
+
+def load(
+    args: argparse.Namespace, params: SamplingParams, records: list[tuple[Place, Record]]
+) -> tuple[LLM, list[list[int]], float]:
+    """The LLM, with a cache for these prompts; their token ids; and the seconds that it took,
+    compilation apart. Raises ValueError, naming the place of a prompt that cannot be used."""
+    loaded, seconds = _cli.load(args)
+    from qserve_jax.runtime.compile_time import clock
+
+    start = clock()
+    prompts = [token_ids(place, record, loaded, args) for place, record in records]
+    longest = max(map(len, prompts)) + params.max_tokens
+    llm = _cli.make_llm(args, loaded, len(prompts) * params.n, longest)
+    return llm, prompts, seconds + clock() - start
+
+
+def token_ids(
+    place: Place, record: Record, loaded: LoadedModel, args: argparse.Namespace
+) -> list[int]:
+    """The prompt's tokens. Raises ValueError, which begins with `place`."""
+    prompt = engine_prompt(record, loaded.tokenizer, args)
+    try:
+        return encode_prompt(prompt, loaded.tokenizer, loaded.config.vocab_size)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
+def generate_all(
+    llm: LLM, prompts: list[list[int]], params: SamplingParams, places: list[Place]
+) -> list[RequestOutput]:
+    """`llm.generate`, whose errors name a prompt's place for its index."""
+    try:
+        return llm.generate(prompts, params)
+    except ValueError as error:
+        message = re.sub(r"^prompt (\d+)(?=:)", lambda match: places[int(match[1])], str(error))
+        raise ValueError(message) from None
 
 
 def build_parser() -> _cli.Parser:
@@ -108,7 +162,7 @@ def build_parser() -> _cli.Parser:
     add("--stop-token-ids", nargs="+", action="extend", type=int, metavar="ID", default=[],
         help="tokens that end the completion, as the end-of-sequence token does")
     add("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
-    add("--num-samples", type=int, metavar="N", default=1,
+    add("--num-samples", dest="n", type=int, metavar="N", default=1,
         help="completions per prompt; more than 1 need a temperature (default: 1)")
     add("--logprobs", type=int, metavar="N",
         help="log-probabilities of each token and of the N likeliest; with --output json")
@@ -125,26 +179,30 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     """Raises ValueError as SamplingParams does. --seed is the engine's: one per prompt follows."""
     fields = {field.name for field in dataclasses.fields(SamplingParams)} - {"seed"}
     given = {name: value for name, value in vars(args).items() if name in fields}
-    return SamplingParams(n=args.num_samples, **given)
+    return SamplingParams(**given)
 
 
-def read_records(args: argparse.Namespace) -> list[Record]:
+def read_records(args: argparse.Namespace) -> list[tuple[Place, Record]]:
     """The prompts of --prompt, then those of --prompts-file. Raises ValueError."""
     if args.prompt.count("-") > 1:
         raise UsageError("--prompt - is given more than once: stdin can be read only once")
-    records = [{"prompt": read_stdin() if text == "-" else text} for text in args.prompt]
-    for record in records:
-        check_record("--prompt", record)
+    count, records = len(args.prompt), []
+    for number, text in enumerate(args.prompt, start=1):
+        place = "--prompt" if count == 1 else f"--prompt {number} of {count}"
+        records.append((place, {"prompt": read_stdin() if text == "-" else text}))
+        check_record(*records[-1])
     if args.prompts_file is not None:
         records += read_prompts_file(args.prompts_file)
     if not records:
         raise UsageError("no prompt: give --prompt TEXT, --prompt - or --prompts-file F.jsonl")
-    check_template_flags(args, records)
+    check_template_flags(args, [record for _, record in records])
     return records
 
 
 def read_stdin() -> str:
     """All of stdin, less the line end that `echo` and editors put last. Raises ValueError."""
+    if isinstance(sys.stdin, io.TextIOWrapper):  # whatever the locale says
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     try:
         return sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:
@@ -158,6 +216,10 @@ def check_template_flags(args: argparse.Namespace, records: list[Record]) -> Non
         raise UsageError("messages need the chat template: leave --no-chat-template out")
     if args.system_prompt is not None and args.no_chat_template:
         raise UsageError("--system-prompt needs the chat template: leave --no-chat-template out")
+    if args.system_prompt is not None and not is_utf8(args.system_prompt):
+        raise UsageError(
+            f"--system-prompt {args.system_prompt!r:.60} is not UTF-8 text: correct it"
+        )
     if args.system_prompt is not None and keys != {"prompt"}:
         raise UsageError(
             "--system-prompt is for text prompts only: put it into messages as their first"
@@ -182,6 +244,11 @@ def engine_prompt(record: Record, tokenizer: Any | None, args: argparse.Namespac
     and --no-chat-template is not given. Raises ValueError where flags and tokenizer do not fit."""
     if "prompt_token_ids" in record and tokenizer is None and args.output == "text":
         raise ValueError(f"{args.model} has no tokenizer to make text with: use --output json")
+    if "prompt_token_ids" not in record and tokenizer is None:
+        raise ValueError(
+            f"{args.model} has no tokenizer to read text with: "
+            'give {"prompt_token_ids": [...]} in --prompts-file'
+        )
     if "prompt" not in record:
         ((_, prompt),) = record.items()
         return prompt

@@ -1,6 +1,6 @@
 """How fast the embedded demo model generates, and how soon a second process does.
 
-Prints a markdown table and writes docs/results/demo_speed_<device>.json. Rates are of decoding,
+Prints a markdown table and writes --output. Rates are of decoding,
 after compilation, from the engine's own statistics: the median of --repeats runs. Start-up is the
 wall time of `python -m qserve_jax.generate` from the shell to its first text, with the compilation
 cache that a first run filled.
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from provenance import ROOT, provenance
@@ -69,6 +70,12 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=128, help="generated per sequence")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="F.json",
+        help="default: docs/results/demo_speed_<device>.json, which is tracked",
+    )
     args = parser.parse_args()
     rows = [
         measure(precision, batch, args.tokens, args.repeats)
@@ -86,9 +93,8 @@ def main() -> None:
         f"in a second run {starts['second_run']:.1f} s"
     )
     found = provenance()
-    path = (
-        ROOT / "docs" / "results" / f"demo_speed_{found['device'].lower().replace(' ', '_')}.json"
-    )
+    device = found["device"].lower().replace(" ", "_")
+    path = args.output or ROOT / "docs" / "results" / f"demo_speed_{device}.json"
     path.write_text(
         json.dumps({**found, "seconds_to_first_text": starts, "rows": rows}, indent=2) + "\n"
     )

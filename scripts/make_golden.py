@@ -16,16 +16,23 @@ import argparse
 import dataclasses
 import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch  # pyright: ignore[reportMissingImports]
-from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.utils import logging
+
+try:
+    import torch  # pyright: ignore[reportMissingImports]
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.utils import logging
+except ImportError as error:  # --help needs none of them
+    missing = str(error)
+else:
+    missing = None
 
 BATCH, PROMPT, GREEDY = 2, 9, 40
 SEEDS, MIN_DISTINCT = 1000, 8
@@ -170,6 +177,11 @@ CASES = {
     "qwen2_tied": Case(
         QWEN2 | {"tie_word_embeddings": True}, without=({"use_sliding_window": True},)
     ),
+    "qwen2_sliding": Case(
+        QWEN2 | {"use_sliding_window": True, "max_window_layers": 0},
+        without=({"use_sliding_window": False},),
+        respelled={"layer_types": ["sliding_attention"] * 2, "max_window_layers": None},
+    ),
     "qwen2_gqa7": Case(
         QWEN2 | {"num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 8}
     ),
@@ -188,6 +200,7 @@ CASES = {
         extra="lm_head.weight",
     ),
     "qwen3_untied": Case(QWEN3 | {"rms_norm_eps": 1e-2}, without=({"rms_norm_eps": 1e-6},)),
+    "qwen3_biases": Case(QWEN3 | {"attention_bias": True}, without=({"attention_bias": False},)),
 }
 
 
@@ -259,7 +272,6 @@ def fix_dynamic_base(model: Any, length: int) -> None:
         rope.rope_type = "default"  # switches the recomputation off
 
 
-@torch.no_grad()
 def expected(folder: Path, length: int, seed: int) -> dict[str, np.ndarray]:
     """What expected.npz holds: tokens i32[2, T] and their logits f32[2, T, V], by a plain forward;
     prompt i32[t] and greedy i32[40], its continuation by `generate` with a KV cache."""
@@ -275,7 +287,6 @@ def expected(folder: Path, length: int, seed: int) -> dict[str, np.ndarray]:
     return {k: v.numpy().astype(np.int32) for k, v in arrays.items()} | {"logits": logits.numpy()}
 
 
-@torch.no_grad()
 def greedy_gap(folder: Path, arrays: dict[str, np.ndarray]) -> float:
     """Smallest lead of a greedy token over the runner-up, relative to the largest |logit|, by one
     forward without cache over prompt and answer; 0 when that forward disagrees with `generate`."""
@@ -288,7 +299,6 @@ def greedy_gap(folder: Path, arrays: dict[str, np.ndarray]) -> float:
     return float(((top[:, 0] - top[:, 1]) / top.abs().max()).min())
 
 
-@torch.no_grad()
 def changed_by(folder: Path, arrays: dict[str, np.ndarray], changes: dict) -> float:
     """Largest change of the logits under config `changes`, relative to the largest |logit|."""
     logits = load_changed(folder, changes)(torch.tensor(arrays["tokens"]).long()).logits.numpy()
@@ -337,6 +347,9 @@ def main() -> None:
     out = Path(__file__).resolve().parents[1] / "tests" / "golden"
     parser.add_argument("--out", type=Path, default=out, help="default: tests/golden")
     args = parser.parse_args()
+    if missing:
+        sys.exit(f"make_golden.py: error: {missing}: pip install torch transformers")
+    torch.set_grad_enabled(False)
     logging.disable_progress_bar()
     if unknown := set(args.names) - set(CASES):
         parser.error(f"unknown {', '.join(sorted(unknown))}: use one of {', '.join(CASES)}")

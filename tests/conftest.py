@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -15,17 +16,22 @@ hypothesis.settings.register_profile("jax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("jax")
 
 
+# Through the environment, before any test module (or subprocess) imports JAX.
+if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")  # for the tests of sharding
+# One folder per process, because JAX writes the entries without a lock.
+_worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax" / _worker))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
 def pytest_configure(config):
-    """Configure JAX through the environment, before any test module (or subprocess) imports it."""
-    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
-        os.environ["JAX_PLATFORMS"] = "cpu"
-    if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")  # for the tests of sharding
-    # What is compiled is kept for the next run, in a folder per process, because JAX writes the
-    # entries without a lock. Not setdefault: an xdist worker inherits its controller's variables.
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".cache" / "jax" / worker)
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    """Run on the CPU unless `-m gpu` asks otherwise."""
+    if re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if "jax" in sys.modules:  # a conftest.py below this one has imported it
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
 
 
 def pytest_collection_modifyitems(items):

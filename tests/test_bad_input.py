@@ -1,7 +1,9 @@
 """Bad input ends with its exit code and one line that names the value, the limit and the cure."""
 
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -27,20 +29,21 @@ def error_line(capsys, argv, code):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ("--max-tokens -5", ["max_tokens=-5", ">= 1", "use 1"]),
+        ("--max-tokens -5", ["--max-tokens -5", ">= 1", "use 1"]),
         ("--max-tokens x", ["--max-tokens", "'x'", "int"]),
-        ("--temperature -0.5", ["temperature=-0.5", ">= 0", "use 0"]),
-        ("--temperature nan", ["temperature=nan", ">= 0", "use 0"]),
-        ("--top-p 0", ["top_p=0.0", "(0, 1]", "use 1"]),
-        ("--top-p 1.5", ["top_p=1.5", "(0, 1]", "use 1"]),
-        ("--top-k -2", ["top_k=-2", ">= -1", "use 0"]),
-        ("--min-p 2", ["min_p=2.0", "[0, 1]", "use 0"]),
-        ("--repetition-penalty 0", ["repetition_penalty=0.0", "> 0", "use 1"]),
-        ("--presence-penalty 3", ["presence_penalty=3.0", "[-2, 2]", "use 0"]),
-        ("--num-samples 2", ["n=2", "temperature > 0"]),
-        ("--logprobs 21 --output json", ["logprobs=21", "[0, 20]"]),
+        ("--temperature -0.5", ["--temperature -0.5", ">= 0", "use 0"]),
+        ("--temperature nan", ["--temperature nan", ">= 0", "use 0"]),
+        ("--top-p 0", ["--top-p 0.0", "(0, 1]", "use 1"]),
+        ("--top-p 1.5", ["--top-p 1.5", "(0, 1]", "use 1"]),
+        ("--top-k -2", ["--top-k -2", ">= -1", "use 0"]),
+        ("--min-p 2", ["--min-p 2.0", "[0, 1]", "use 0"]),
+        ("--repetition-penalty 0", ["--repetition-penalty 0.0", "> 0", "use 1"]),
+        ("--presence-penalty 3", ["--presence-penalty 3.0", "[-2, 2]", "use 0"]),
+        ("--num-samples 2", ["--num-samples 2", "temperature > 0", "or --num-samples 1"]),
+        ("--num-samples 20000 --temperature 1", ["--num-samples 20000", "[1, 16384]"]),
+        ("--logprobs 21 --output json", ["--logprobs 21", "[0, 20]"]),
         ("--logprobs 2", ["--logprobs 2", "--output json"]),
-        ("--stop-token-ids -1", ["stop_token_ids", "-1", ">= 0"]),
+        ("--stop-token-ids -1", ["--stop-token-ids", "-1", ">= 0"]),
         ("--precision w3a8kv4", ["--precision", "'w3a8kv4'", "w4a8kv4", "w16a16kv16"]),
         ("--group-size 64", ["--group-size", "64", "-1, 128"]),
         ("--backend cuda", ["--backend", "'cuda'", "auto", "reference"]),
@@ -56,6 +59,9 @@ def error_line(capsys, argv, code):
         ("--stream --prompt b", ["--stream", "2", "leave it out"]),
         ("--prompt - --prompt -", ["--prompt -", "once"]),
         ("--system-prompt b --no-chat-template", ["--system-prompt", "--no-chat-template"]),
+        ("--stop a\udcff", ["--stop ", "'a\\udcff'", "UTF-8", "correct"]),
+        ("--system-prompt \udcff", ["--system-prompt '\\udcff'", "UTF-8", "correct"]),
+        ("--prompt \udcff", ["--prompt 2 of 2: ", "'\\udcff'", "UTF-8", "remove"]),
         ("--temp 1", ["unrecognized arguments", "--temp", "--help"]),
     ],
 )
@@ -71,6 +77,12 @@ def test_no_prompt(capsys):
 
 def test_empty_prompt(capsys):
     assert "--prompt: prompt '' is empty" in error_line(capsys, ["--prompt", ""], 2)
+
+
+def test_stdin_that_is_not_utf8(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
+    line = error_line(capsys, ["--prompt", "-"], 2)
+    assert "--prompt -: stdin is not text" in line and "0xff" in line and "give UTF-8" in line
 
 
 def test_missing_prompts_file(capsys, tmp_path):
@@ -91,6 +103,13 @@ def test_missing_prompts_file(capsys, tmp_path):
         ('{"prompt_token_ids": [1, -1]}', ["[1, -1]", "a list of integers from 0"]),
         ('{"prompt_token_ids": [true]}', ["[True]", "a list of integers from 0"]),
         ('{"messages": [{"role": "user"}]}', ["line 1", "'user'", '"content"']),
+        ('{"prompt": "\\ud800"}', ["line 1", "'\\ud800'", "UTF-8", "remove"]),
+        (
+            '{"messages": [{"role": "user", "content": "\\ud800"}]}',
+            ["line 1", "UTF-8", "remove"],
+        ),
+        ('{"prompt": "a"}\n' + "[" * 10**5, ["line 2 is not JSON", "recursion"]),
+        (f'{{"prompt_token_ids": [{"9" * 5000}]}}', ["line 1 is not JSON", "4300 digits"]),
         ("\n \n", ["holds no prompt", "one a line"]),
     ],
 )
@@ -99,6 +118,12 @@ def test_prompts_file(capsys, tmp_path, text, words):
     line = error_line(capsys, ["--prompts-file", tmp_path / "p.jsonl"], 2)
     assert str(tmp_path / "p.jsonl") in line
     assert [word for word in words if word not in line] == []
+
+
+def test_line_of_a_prompt_that_is_too_long(fails, prompts):
+    prompts.write_text('{"prompt_token_ids": [3]}\n' + prompts.read_text())
+    line = fails(GOLDEN, "--max-model-len", "32")
+    assert line.startswith(f"{prompts} line 2: prompt has 37 tokens")
 
 
 @pytest.mark.parametrize("flags", [("--no-chat-template",), ("--system-prompt", "b")])
@@ -197,26 +222,27 @@ def test_prompt_longer_than_the_context(fails):
 
 def test_context_longer_than_the_model(fails):
     line = fails(GOLDEN, "--max-model-len", "4096")
-    assert "max_model_len=4096" in line and "2..128" in line
+    assert "--max-model-len 4096" in line and "2..128" in line
 
 
 def test_page_pool_too_small(fails):
     line = fails(GOLDEN, "--page-size", "16", "--num-pages", "2", "--max-tokens", "8")
-    assert "3 pages of 16 tokens" in line and "the pool has 2" in line and "raise num_pages" in line
+    assert "3 pages of 16 tokens" in line and "the pool has 2" in line
+    assert "raise --num-pages or lower --max-tokens" in line
 
 
 def test_token_id_outside_the_vocabulary(fails, prompts):
     prompts.write_text('{"prompt_token_ids": [3, 96]}')
-    assert "token id 96 is outside the vocabulary 0..95" in fails(GOLDEN)
+    assert f"{prompts} line 1: token id 96 is outside the vocabulary 0..95" in fails(GOLDEN)
 
 
 def test_stop_token_id_outside_the_vocabulary(fails):
     line = fails(GOLDEN, "--stop-token-ids", "96")
-    assert "stop_token_ids has token id 96, but vocab_size=96" in line
+    assert "--stop-token-ids has token id 96, but vocab_size=96" in line
 
 
 def test_stop_string_without_tokenizer(fails):
-    assert "stop=('.',) needs a tokenizer" in fails(GOLDEN, "--stop", ".")
+    assert "--stop ('.',) needs a tokenizer" in fails(GOLDEN, "--stop", ".")
 
 
 def test_text_output_without_tokenizer(fails):
@@ -225,7 +251,8 @@ def test_text_output_without_tokenizer(fails):
 
 
 def test_text_prompt_without_tokenizer(fails):
-    assert "a text prompt needs a tokenizer" in fails(GOLDEN, "--prompt", "a")
+    line = fails(GOLDEN, "--prompt", "a")
+    assert f"{GOLDEN} has no tokenizer" in line and '{"prompt_token_ids": [...]}' in line
 
 
 def test_unknown_backend_in_the_environment(fails, monkeypatch):

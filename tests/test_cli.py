@@ -1,5 +1,7 @@
 """What all commands share: exit codes and one-line messages."""
 
+import io
+import json
 import shlex
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from qserve_jax import _cli
 
@@ -50,6 +53,38 @@ def test_errors_are_one_line(capsys, error, code, line):
     assert capsys.readouterr() == ("", line + "\n")
 
 
+def test_errors_name_flags():
+    parser = _cli.Parser(prog="p")
+    parser.add_argument("--top-p")
+    parser.add_argument("--num-samples", dest="n")
+    parser.add_argument("--stop")
+    for message, expected in [
+        ("top_p=2.0 must be in (0, 1]", "--top-p 2.0 must be in (0, 1]"),
+        (
+            "n=3 is many: lower n=3, or top_p",
+            "--num-samples 3 is many: lower --num-samples 3, or --top-p",
+        ),
+        ("stop='n=1' needs n to stop", "--stop 'n=1' needs n to stop"),
+        ("/data/top_p/a.n=1 is no --top-p", "/data/top_p/a.n=1 is no --top-p"),
+    ]:
+        with pytest.raises(KeyError if "KeyError" in message else ValueError) as caught:
+            with parser.errors_name_flags():
+                raise ValueError(message)
+        assert str(caught.value) == expected
+
+
+def test_long_values_are_cut(capsys):
+    def body(argv):
+        parser = _cli.Parser(prog="p")
+        parser.add_argument("--n", type=int)
+        parser.parse_args(argv)
+
+    assert _cli.run("command", body, ["--n", "9" * 5000]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("command: error: argument --n: invalid int value: '999")
+    assert line.endswith("999' (see --help)\n") and len(line) < 600
+
+
 def test_debug_raises(capsys):
     with pytest.raises(KeyError):
         run_raising(KeyError("name"), ["--debug"])
@@ -59,6 +94,31 @@ def test_debug_raises(capsys):
 def test_interrupt_is_quiet(capsys):
     assert run_raising(KeyboardInterrupt()) == 130
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams(closed):
+    code = "import sys; from qserve_jax import _cli\n"
+    code += "def body(argv):\n"
+    code += "    print('made', sys.stderr.isatty(), repr(sys.stdin.read()))\n"
+    code += "    raise _cli.UsageError('wrong')\n"
+    code += "sys.exit(_cli.run('command', body, []))"
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {closed}"
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, input=""
+    )
+    assert result.returncode == 2
+    assert result.stdout == ("" if ">&- " in closed or closed == ">&-" else "made False ''\n")
+    assert result.stderr == ("" if "2>&-" in closed else "command: error: wrong\n")
+
+
+def test_output_that_the_encoding_lacks(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    text = json.dumps("café 😀", ensure_ascii=False)
+    assert _cli.run("command", lambda argv: print(text), []) == 0
+    written = stdout.buffer.getvalue().decode("ascii")
+    assert json.loads(written) == "café 😀" and "caf\\u00e9" in written
 
 
 @pytest.mark.filterwarnings("default")
@@ -129,3 +189,57 @@ def test_unwritable_cache_folder_only_warns(cache_config, monkeypatch, tmp_path,
     out, err = capsys.readouterr()
     assert err.startswith(f"warning: compiled programs are not kept, {folder} is not writable (")
     assert err.count("\n") == 1 and "QSERVE_JAX_CACHE" in err and out == ""
+
+
+def test_home_of_nobody_only_warns(cache_config, monkeypatch, capsys):
+    monkeypatch.setenv("QSERVE_JAX_CACHE", "~nobody-of-that-name/cache")
+    _cli.enable_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir is None
+    out, err = capsys.readouterr()
+    assert err.startswith("warning: compiled programs are not kept, ~nobody-of-that-name/cache is ")
+    assert err.count("\n") == 1 and "QSERVE_JAX_CACHE" in err and out == ""
+
+
+@pytest.mark.filterwarnings("default")
+def test_broken_compiled_program_is_written_anew(cache_config, monkeypatch, tmp_path, capsys):
+    def compile(argv):
+        def program_of_this_test(x):
+            return x * 3 + 1
+
+        jax.jit(program_of_this_test)(2.0)
+
+    monkeypatch.setenv("QSERVE_JAX_CACHE", str(tmp_path))
+    compilation_cache.reset_cache()  # opened by an earlier test, elsewhere
+    try:
+        _cli.enable_compilation_cache()
+        assert _cli.run("command", compile, []) == 0
+        (entry,) = tmp_path.glob("jit_program_of_this_test-*-cache")
+        whole = entry.stat().st_size
+        entry.write_bytes(entry.read_bytes()[:50])
+        (other := tmp_path / "jit_other-0-cache").touch()
+        assert _cli.run("command", compile, []) == 0
+        assert entry.stat().st_size > whole // 2 and other.exists()
+    finally:
+        compilation_cache.reset_cache()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_other_warnings_about_the_cache_are_shown(capsys):
+    message = "Error writing persistent compilation cache entry for 'jit_f': OSError: disk full"
+    _cli.show_warning(message)
+    assert capsys.readouterr().err == f"warning: {message}\n"
+
+
+def test_make_golden_without_torch_says_so():
+    code = "import runpy, sys; sys.modules['torch'] = None; sys.argv[0] = 'make_golden.py'\n"
+    code += "runpy.run_path('scripts/make_golden.py', run_name='__main__')"
+    ends = [
+        subprocess.run(
+            [sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True
+        )
+        for flags in (["--help"], ["--out", "/dev/null/x"])
+    ]
+    assert [end.returncode for end in ends] == [0, 1]
+    assert "--out" in ends[0].stdout and ends[0].stderr == ""
+    assert ends[1].stderr.startswith("make_golden.py: error: ") and ends[1].stderr.count("\n") == 1
+    assert "pip install torch transformers" in ends[1].stderr

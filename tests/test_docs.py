@@ -5,9 +5,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import qserve_jax
+from qserve_jax import LLM, SamplingParams
 from qserve_jax.models import CausalLM, ModelConfig
 
 ROOT = Path(__file__).parent.parent
@@ -40,19 +42,22 @@ def test_readme_quantises(capsys):
 
 
 def test_architecture_pipeline():
+    """Its samples and their log-probabilities are those of the LLM with the same seeds."""
     (pipeline,) = blocks("docs/architecture.md")
     names: dict = {}
     exec(pipeline, names)
-    prompts = jnp.asarray([[1, 2, 3, 4], [5, 6, 0, 0]])
-    _, first, second = names["best_next"](
-        names["params"], names["cache"], prompts, jnp.asarray([4, 2])
-    )
-    model = names["m"].model
-    for row, length in ((0, 4), (1, 2)):
-        ids = jnp.append(prompts[row, :length], first[row])[None]
-        logits = model.apply({"params": names["params"]}, ids)
-        assert jnp.argmax(logits[0, length - 1]) == first[row]
-    assert first.shape == second.shape == (2,)
+    prompt = names["m"].tokenizer.encode("Once upon a time")
+    _, tokens, score = names["best_of_n"](names["params"], names["cache"], jnp.asarray(prompt))
+    llm = LLM(DEMO, max_model_len=128, num_pages=8)
+    samples = [
+        SamplingParams(temperature=1.0, logprobs=0, seed=i, max_tokens=names["new"])
+        for i in range(names["n"])
+    ]
+    outputs = llm.generate([prompt] * names["n"], samples)
+    scores = [sum(t.logprob for t in o.logprobs or ()) for o in outputs]
+    best = outputs[int(np.argmax(scores))]
+    np.testing.assert_allclose(score, max(scores), rtol=1e-3)
+    assert [t for t in tokens.tolist() if t >= 0] == best.token_ids
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/architecture.md"])

@@ -47,22 +47,24 @@ def test_tells_the_story_of_its_source(folder):
     assert output.text.startswith(STORY)
 
 
-def test_loss_of_w4a8_per_channel(folder, tokens):
-    """Weights and activations cost at most 0.15 nats per token, and what they cost is pinned."""
+def test_loss_of_w4a8_per_channel_is_at_most_0_15_more(folder, tokens):
+    """Weights and activations, as `model.apply` of a quantised tree computes: K and V in float."""
     exact = loss(folder, tokens, "w16a16kv16", 16)
     assert 1.29 <= exact <= 1.40  # what its source reports
     assert loss(folder, tokens, "w4a8kv4", 16) - exact <= 0.15
 
 
-def test_loss_of_a_4_bit_cache_comes_from_its_keys(folder, tokens):
-    """Round-to-nearest KV4 costs this model more than its 4-bit weights do; KV8 costs nothing.
-
-    The next transform for it is one that takes the constant off each key channel. This test holds
-    the numbers of the README so that they cannot drift.
-    """
+def test_loss_of_a_4_bit_cache_is_more_and_is_what_the_readme_says(folder, tokens):
+    """A miss, held here so that it can only be lowered knowingly: round-to-nearest KV4 costs this
+    model more than its 4-bit weights do, because of its keys. KV8 costs nothing."""
     exact = loss(folder, tokens, "w16a16kv16", 16)
-    np.testing.assert_allclose(loss(folder, tokens, "w16a16kv16", 4) - exact, 0.33, atol=0.02)
-    assert loss(folder, tokens, "w16a16kv16", 8) - exact <= 0.005
+    change = {
+        bits: loss(folder, tokens, precision, int(bits)) - exact
+        for precision, bits in (("w16a16kv16", "4"), ("w16a16kv16", "8"))
+    }
+    np.testing.assert_allclose(change["4"], 0.33, atol=0.02)
+    assert change["8"] <= 0.005
+    np.testing.assert_allclose(loss(folder, tokens, "w4a8kv4", 4) - exact, 0.53, atol=0.03)
 
 
 def test_group_128_falls_to_per_channel_with_one_warning(folder):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from qserve_jax.pallas_kernels.backend import dispatch
+from qserve_jax.pallas_kernels.backend import check_layer, dispatch
 from qserve_jax.pallas_kernels.paged_attention import reference
 from qserve_jax.quantization.qtensor import Array, KVCache
 
@@ -22,8 +22,7 @@ def _check(q, cache, block_table, context_lens, new_k, new_v, query_lens, attend
     k = cache.num_kv_heads
     if h != cache.head_dim or n % k:
         raise ValueError(f"q {q.shape} does not fit a cache of {k} heads of {cache.head_dim}")
-    if cache.stacked != (layer is not None):
-        raise ValueError(f"cache of shape {cache.pages.shape} does not go with {layer=}")
+    check_layer(layer, "cache pages", cache.pages.shape, cache.stacked)
     if block_table.shape[:1] != (b,) or block_table.ndim != 2 or context_lens.shape != (b,):
         raise ValueError(
             f"block_table {block_table.shape} and context_lens {context_lens.shape} must be "
@@ -98,7 +97,7 @@ def paged_attention(
 
 
 def validate_paged_inputs(cache: KVCache, block_table, context_lens) -> None:
-    """Check concrete page ids and lengths (not traceable); the engine calls it before a step.
+    """Check concrete page ids and lengths (not traceable), for callers that build their own tables.
 
     block_table: i32[B, max_pages], context_lens: i32[B].
     Raises ValueError naming the first sequence whose length its pages cannot hold, or whose needed

@@ -36,14 +36,17 @@ def attend(
     """
     b, t, n, h = q.shape
     heads = k.shape[2]
+    group = n // heads
     scale = h**-0.5 if sm_scale is None else sm_scale
     k, v = (jnp.where(k_valid[:, :, None, None], x.astype(jnp.float32), 0) for x in (k, v))
 
     def one_block(block):
         queries, positions = block
-        # Queries of one KV head are rows of one matmul, [B, K, T * G, H].
-        rows = queries.astype(jnp.float32).reshape(b, -1, heads, n // heads, h) * scale
-        rows = jnp.swapaxes(rows, 1, 2).reshape(b, heads, -1, h)
+        length = queries.shape[1]
+        # Queries of one KV head are rows of one matmul, [B, K, T * G, H]. Sizes are spelt out,
+        # because a -1 cannot be inferred where B is 0.
+        rows = queries.astype(jnp.float32).reshape(b, length, heads, group, h) * scale
+        rows = jnp.swapaxes(rows, 1, 2).reshape(b, heads, length * group, h)
         scores = jnp.einsum("BKMH,BSKH->BKMS", rows, k, precision="highest")
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
@@ -51,14 +54,15 @@ def attend(
         seen = k_valid[:, None, :] & (distance >= 0)
         if window is not None:
             seen &= distance < window
-        seen = jnp.repeat(seen, n // heads, axis=1)[:, None]
+        seen = jnp.repeat(seen, group, axis=1)[:, None]
         scores = jnp.where(seen, scores, MASKED)
-        weights = jnp.where(seen, jnp.exp(scores - scores.max(-1, keepdims=True)), 0)
+        top = scores.max(-1, keepdims=True, initial=-jnp.inf)  # S may be 0
+        weights = jnp.where(seen, jnp.exp(scores - top), 0)
         total = weights.sum(-1, keepdims=True)
         total = jnp.where(total > 0, total, 1)  # a query that sees nothing
         out = jnp.einsum("BKMS,BSKH->BKMH", weights, v, precision="highest") / total
-        out = out.reshape(b, heads, -1, n // heads, h)
-        return jnp.swapaxes(out, 1, 2).reshape(b, -1, n, h)
+        out = out.reshape(b, heads, length, group, h)
+        return jnp.swapaxes(out, 1, 2).reshape(b, length, n, h)
 
     if t <= QUERY_BLOCK:
         return one_block((q, q_positions)).astype(q.dtype)
@@ -66,7 +70,8 @@ def attend(
 
     def split(x):  # [B, T, ...] -> [blocks, B, QUERY_BLOCK, ...]
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(b, -1, QUERY_BLOCK, *x.shape[2:]), 1, 0)
+        blocks = (b, (t + padding) // QUERY_BLOCK, QUERY_BLOCK, *x.shape[2:])
+        return jnp.moveaxis(x.reshape(blocks), 1, 0)
 
     out = jax.lax.map(one_block, (split(q), split(q_positions)))
     return jnp.moveaxis(out, 0, 1).reshape(b, t + padding, n, h)[:, :t].astype(q.dtype)

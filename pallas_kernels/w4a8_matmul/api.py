@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from qserve_jax.pallas_kernels.backend import dispatch
+from qserve_jax.pallas_kernels.backend import check_layer, dispatch
 from qserve_jax.pallas_kernels.w4a8_matmul import reference
 from qserve_jax.quantization.qtensor import (
     Array,
@@ -27,13 +27,21 @@ def _check(
     residual: Array | None,
     layer: Array | int | None,
 ) -> None:
+    eight_bits = isinstance(w, W8PerChannel)
+    for name, codes, dtype in (
+        ("x", x.codes, jnp.int8),
+        ("weight", w.codes, jnp.int8 if eight_bits else jnp.uint8),
+    ):
+        if codes.dtype != dtype:
+            needs = jnp.dtype(dtype).name
+            raise ValueError(f"{name} codes are {codes.dtype} but must be {needs}: quantise first")
     k = x.codes.shape[-1]
-    k_weight = w.codes.shape[-1] * (1 if isinstance(w, W8PerChannel) else 2)
+    k_weight = w.codes.shape[-1] * (1 if eight_bits else 2)
     if k != k_weight:
         raise ValueError(f"x has {k=} but weight has K={k_weight}")
-    rank = w.codes.ndim - (layer is not None)
-    if rank != 2:
-        raise ValueError(f"weight codes have shape {w.codes.shape} with {layer=}: need one [N, K]")
+    if w.codes.ndim not in (2, 3):
+        raise ValueError(f"weight codes have shape {w.codes.shape}: need [N, K] or [L, N, K]")
+    check_layer(layer, "weight codes", w.codes.shape, w.codes.ndim == 3)
     n = w.codes.shape[-2]
     for name, array, shape in (
         ("bias", bias, (n,)),
@@ -59,8 +67,9 @@ def quantized_matmul(
     layer: w is stacked [L, ...]; use this layer of it, read in place.
     backend: see `pallas_kernels.backend.resolve`.
 
-    Raises ValueError on shapes that do not fit, NotImplementedError from an explicit backend that
-    cannot do this case. The int32 sums are exact in every backend for K <= 65 536.
+    Raises ValueError on shapes and dtypes that do not fit and on a layer that w does not have,
+    NotImplementedError from an explicit backend that cannot do this case. The int32 sums are exact
+    in every backend for K <= 65 536.
     """
     _check(x, w, bias, residual, layer)
     backends = W8A8_BACKENDS if isinstance(w, W8PerChannel) else W4A8_BACKENDS

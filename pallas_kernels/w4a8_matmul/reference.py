@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from qserve_jax.quantization.packing import unpack_nibbles
+from qserve_jax.quantization.packing import int8_weight, unpack_nibbles
 from qserve_jax.quantization.qtensor import (
     Array,
     Int8Activation,
@@ -28,13 +28,7 @@ def int8_weights(w: QuantizedWeight) -> Array:
         return w.codes
     if w.layout != "canonical":
         raise NotImplementedError(f"the reference backend cannot read layout {w.layout!r}")
-    codes = unpack_nibbles(w.codes).astype(jnp.int8)
-    if isinstance(w, W4PerChannel):
-        return codes
-    # int8 arithmetic may wrap in the product (240 > 127) and wraps back in the sum, which fits.
-    groups = codes.reshape(*codes.shape[:-1], -1, w.group_size)
-    scale = w.group_scale.astype(jnp.int8)[..., None]
-    return (groups * scale + w.group_offset[..., None]).reshape(codes.shape)
+    return int8_weight(w) if isinstance(w, W4PerGroup) else unpack_nibbles(w.codes).astype(jnp.int8)
 
 
 def int8_dot(x: Array, w: Array) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from qserve_jax.checkpoint.errors import CheckpointError, first_line, listing
 from qserve_jax.models.config import ModelConfig
+from qserve_jax.models.hf_keys import read_token_ids
 from qserve_jax.models.registry import config_from_hf
 
 SINGLE = "model.safetensors"
@@ -29,29 +31,62 @@ class TensorSpec:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises CheckpointError where there is none."""
+    """The JSON object in a file, which may begin with a byte order mark.
+
+    Raises CheckpointError where there is none.
+    """
+    check_is_file(file)
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is not valid JSON ({error}): correct it") from None
+        value = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        message = f"{file} is not valid JSON ({first_line(error)}): correct it"
+        raise CheckpointError(message) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} holds a {type(value).__name__}, not an object: correct it")
     return value
+
+
+def check_is_file(file: Path) -> None:
+    """Raises CheckpointError, saying what it is, for a directory, a dead link, a pipe..."""
+    if file.is_file():
+        return
+    kind = "no regular file"
+    if file.is_dir():
+        kind = "a directory"
+    elif file.is_symlink():
+        kind = "a symbolic link that leads to no file"
+    raise CheckpointError(f"{file} is {kind}: put the file itself there")
 
 
 def read_config(folder: Path) -> ModelConfig:
     """The ModelConfig of config.json; EOS tokens as generation_config.json has them, where it does.
 
     (So does transformers' `generate`: chat models often name their end-of-turn tokens only there.)
-    Raises CheckpointError where config.json is missing or no JSON, ValueError as `config_from_hf`.
+    Raises CheckpointError, naming the file, where config.json is missing or no JSON, and for all
+    that `config_from_hf` refuses.
     """
-    file = folder / "config.json"
-    if not file.exists():
+    file, generation = folder / "config.json", folder / "generation_config.json"
+    if not _is_there(file):
         raise CheckpointError(f"{folder} has no config.json: pass a Hugging Face checkpoint")
+    config = _parse(file, config_from_hf)
+    if not _is_there(generation):
+        return config
+    eos = _parse(generation, lambda hf: read_token_ids(hf, "eos_token_id", config.vocab_size))
+    return dataclasses.replace(config, eos_token_ids=eos or config.eos_token_ids)
+
+
+def _is_there(file: Path) -> bool:
+    """Whether there is anything of that name, even a link that leads nowhere."""
+    return file.exists() or file.is_symlink()
+
+
+def _parse[T](file: Path, parse: Callable[[dict[str, Any]], T]) -> T:
+    """parse(the object in a JSON file); its ValueErrors become CheckpointErrors naming the file."""
     hf = read_json(file)
-    generation = folder / "generation_config.json"
-    eos = read_json(generation).get("eos_token_id") if generation.exists() else None
-    return config_from_hf(hf if eos is None else hf | {"eos_token_id": eos})
+    try:
+        return parse(hf)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -60,9 +95,9 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises CheckpointError where there are none, where shards are missing, or where it is unclear.
     """
-    if (folder / SINGLE).exists():
+    if _is_there(folder / SINGLE):
         return [folder / SINGLE]
-    if (folder / INDEX).exists():
+    if _is_there(folder / INDEX):
         return _shards(folder)
     files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
@@ -86,7 +121,7 @@ def _shards(folder: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
         raise CheckpointError(f"{folder / INDEX} maps no names to files: download it again")
     files = [folder / name for name in sorted(set(weight_map.values()))]
-    missing = [file.name for file in files if not file.exists()]
+    missing = [file.name for file in files if not _is_there(file)]
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of the {len(files)} shards that {INDEX} names "
@@ -102,7 +137,8 @@ def _is_file_name(name: object) -> bool:
 def tensor_specs(files: list[Path]) -> dict[str, TensorSpec]:
     """Name -> TensorSpec of all tensors of the files, from their headers alone.
 
-    Raises CheckpointError for a truncated or corrupt file, and for a tensor in two files.
+    Raises CheckpointError for what is no file, for a truncated or corrupt one, and for a tensor in
+    two files.
     """
     specs: dict[str, TensorSpec] = {}
     for file in files:
@@ -117,6 +153,7 @@ def tensor_specs(files: list[Path]) -> dict[str, TensorSpec]:
 
 
 def _read_header(file: Path) -> dict[str, TensorSpec]:
+    check_is_file(file)
     try:
         with safe_open(file, framework="numpy") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}

@@ -68,5 +68,8 @@ def targets(config: ModelConfig) -> dict[str, Target]:
 
 
 def ignored(config: ModelConfig) -> re.Pattern[str]:
-    """Tensors (by full match) that a checkpoint may hold and that say nothing new."""
+    """Tensors (by full match) that a checkpoint may hold and that say nothing new.
+
+    Of the head of a tied model stream.check_tied_head makes sure of that.
+    """
     return IGNORED_IF_TIED if config.tie_embeddings else IGNORED

@@ -15,7 +15,7 @@ from qserve_jax.checkpoint.check import check_tensors
 from qserve_jax.checkpoint.hf import read_config, tensor_specs, weight_files
 from qserve_jax.checkpoint.key_table import ignored, targets
 from qserve_jax.checkpoint.resolve import resolve
-from qserve_jax.checkpoint.stream import read_params
+from qserve_jax.checkpoint.stream import check_tied_head, read_params
 from qserve_jax.checkpoint.tokenizer import load_tokenizer
 from qserve_jax.models.config import ModelConfig
 from qserve_jax.models.llama import CausalLM, param_shapes
@@ -65,10 +65,10 @@ def load_model(
     Codes and scales are those of `quantize_params` on the weights as they are in the files; they do
     not depend on `dtype`. Host memory beside the result stays within tens of MB.
 
-    Raises ValueError for a bad argument and for a config that the models do not support,
-    CheckpointError (a ValueError) for files that are missing, corrupt or do not fit the config.
+    Raises ValueError for a bad argument, CheckpointError (a ValueError) for files that are missing,
+    corrupt or do not fit the config, and for a config that the models do not support.
     """
-    quant_config = QuantConfig.preset(precision, group_size=group_size)
+    quant_config = _quant_config(precision, group_size)
     dtype = float_dtype(dtype)
     resolve_backend(backend)  # an unknown name fails here, not after minutes of loading
     folder = resolve(path_or_id)
@@ -77,10 +77,20 @@ def load_model(
     check_tensors(folder, specs, wanted, ignored(config))
     shapes = quantized_shapes(config, quant_config, dtype, strict)
     tokenizer = load_tokenizer(folder)
+    if config.tie_embeddings:
+        check_tied_head(specs)
     leaves = read_params(specs, wanted, flatten_dict(shapes, sep="/"), progress=progress)
     params = unflatten_dict(leaves, sep="/")
     model = CausalLM(config, act_bits=quant_config.act_bits, backend=backend)
     return LoadedModel(model, params, config, tokenizer, quant_config, folder)
+
+
+def _quant_config(precision: Any, group_size: Any) -> QuantConfig:
+    if not isinstance(precision, str):
+        raise ValueError(f"precision={precision!r:.60} is not a string: use a name like 'w4a8kv4'")
+    if not isinstance(group_size, int) or isinstance(group_size, bool):
+        raise ValueError(f"group_size={group_size!r:.60} is not an integer: use 128 or -1")
+    return QuantConfig.preset(precision, group_size=group_size)
 
 
 def float_dtype(dtype: Any) -> jnp.dtype:

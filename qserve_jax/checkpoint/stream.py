@@ -24,6 +24,7 @@ from qserve_jax.quantization.qtensor import (
     is_quantized,
 )
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 BLOCK_ELEMENTS = 2**21
 """Weights read at once. Output channels are quantised independently, so a tensor can be cut along
 them; that bounds the temporary float32 arrays of quantisation too (8 MB each)."""
@@ -63,6 +64,31 @@ def _read_tensor(leaf: Any, name: str, spec: TensorSpec, target: Target) -> Any:
         if not finite:
             raise _not_finite(name, spec, rows, leaf)
     return leaf
+
+
+def check_tied_head(specs: Mapping[str, TensorSpec]) -> None:
+    """For models with tied embeddings: an lm_head.weight in the files must repeat the embedding.
+
+    Raises CheckpointError where it does not: config.json is then wrong, and transformers (5.23,
+    `PreTrainedModel.tie_weights`) would use that head.
+    """
+    head, embedding = specs.get(HEAD), specs[EMBEDDING]
+    if head is None or _is_equal(head, embedding):
+        return
+    raise CheckpointError(
+        f"{HEAD} in {head.file} differs from {EMBEDDING}, but config.json ties them: set "
+        "tie_word_embeddings to false to use it, or remove it"
+    )
+
+
+def _is_equal(head: TensorSpec, embedding: TensorSpec) -> bool:
+    if (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
+        return False
+    blocks = row_blocks(head.shape)
+    return all(
+        read_rows(HEAD, head, *block).tobytes() == read_rows(EMBEDDING, embedding, *block).tobytes()
+        for block in blocks
+    )
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:

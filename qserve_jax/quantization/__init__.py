@@ -2,7 +2,6 @@
 
 from qserve_jax.quantization.config import QuantConfig
 from qserve_jax.quantization.params import (
-    Rule,
     dequantize_kernel,
     dequantize_params,
     quantize_kernel,
@@ -16,10 +15,13 @@ from qserve_jax.quantization.qtensor import (
     W8PerChannel,
 )
 from qserve_jax.quantization.report import QuantizationReport, quantization_report
+from qserve_jax.quantization.rules import FLAX_RULES, MAXTEXT_RULES, Rule
 
 __all__ = [
+    "FLAX_RULES",
     "Int8Activation",
     "KVCache",
+    "MAXTEXT_RULES",
     "QuantConfig",
     "QuantizationReport",
     "Rule",

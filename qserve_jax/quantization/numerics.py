@@ -101,7 +101,7 @@ def quantize_progressive(w: Array, group_size: int) -> tuple[Array, Array, Array
     w = _flush_subnormals(w)
     channel_scale = _symmetric_scale(w, PROTECTIVE_RANGE)
     u = _clip_product(w, _divide(1, channel_scale)[..., None], PROTECTIVE_RANGE)
-    u = u.reshape(*u.shape[:-1], -1, group_size)
+    u = u.reshape(*u.shape[:-1], u.shape[-1] // group_size, group_size)
     low, high = _range_with_zero(u)
     scale = jnp.maximum(jnp.round(_divide(high - low, 15)), 1)
     zero = jnp.clip(jnp.round(-low * _divide(1, scale)), 0, 15)
@@ -120,11 +120,12 @@ def quantize_per_channel(w: Array) -> tuple[Array, Array, Array]:
 
     w: float[..., N, K]. scale = (max - min) / 15 with the range widened to contain zero,
     z = clip(round(-min / scale), 0, 15), code = clip(round(w / scale + z), 0, 15).
+    A range beyond float32 counts as the largest float32, so that code * scale stays finite.
     Returns codes u8[..., N, K], channel_scale f32[..., N], scaled_zero f32[..., N] = z * scale.
     """
     w = _flush_subnormals(w)
     low, high = _range_with_zero(w)
-    span = high - low
+    span = jnp.minimum(high - low, jnp.finfo(jnp.float32).max)
     scale = jnp.where(span < MIN_WEIGHT_ABSMAX, jnp.float32(1), _divide(span, 15))
     zero = jnp.clip(jnp.round(-low * _divide(1, scale)), 0, 15)
     codes = _asymmetric_codes(w, scale, zero)
@@ -180,7 +181,5 @@ def dequantize_kv(codes: Array, scale: Array, centre: Array, bits: int) -> Array
 
 
 def fake_quantize_kv(x: Array, bits: int) -> Array:
-    """x float[..., H] as a cache of `bits` would return it, in x's dtype; 16 bits return x."""
-    if bits == 16:
-        return x
-    return dequantize_kv(*quantize_kv(x, bits), bits).astype(x.dtype)
+    """x float[..., H] as a cache of `bits` returns it, f32[..., H]; 16 bits return x itself."""
+    return x if bits == 16 else dequantize_kv(*quantize_kv(x, bits), bits)

@@ -10,7 +10,7 @@ from qserve_jax.quantization.qtensor import Array, QuantizedWeight, W4PerGroup, 
 
 def pack_nibbles(codes: Array) -> Array:
     """u8[..., K] with values 0..15 -> u8[..., K/2]; even k in the low nibble. K must be even."""
-    pairs = codes.reshape(*codes.shape[:-1], -1, 2)
+    pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
     return pairs[..., 0] | (pairs[..., 1] << 4)
 
 
@@ -21,11 +21,14 @@ def unpack_nibbles(packed: Array) -> Array:
 
 
 def int8_weight(w: W4PerGroup) -> Array:
-    """The int8 weights i8[..., N, K] of level 1: code * group_scale + group_offset."""
-    codes = unpack_nibbles(w.codes).astype(jnp.int16)
-    groups = codes.reshape(*codes.shape[:-1], -1, w.group_size)
-    w8 = groups * w.group_scale[..., None] + w.group_offset[..., None]
-    return w8.astype(jnp.int8).reshape(codes.shape)
+    """The int8 weights i8[..., N, K] of level 1: code * group_scale + group_offset.
+
+    The product may wrap in int8 (240 > 127); it wraps back in the sum, which fits.
+    """
+    codes = unpack_nibbles(w.codes).astype(jnp.int8)
+    groups = codes.reshape(*w.group_scale.shape, w.group_size)
+    scale = w.group_scale.astype(jnp.int8)[..., None]
+    return (groups * scale + w.group_offset[..., None]).reshape(codes.shape)
 
 
 def dequantize_weight(w: QuantizedWeight) -> Array:
@@ -50,7 +53,8 @@ def code_words(head_dim: int, bits: int) -> int:
 def pack_kv_codes(codes: Array, bits: int) -> Array:
     """Codes u8[..., H] -> i32[..., H * bits / 32], little-endian: dim 0 in the lowest bits."""
     octets = pack_nibbles(codes) if bits == 4 else codes
-    return jax.lax.bitcast_convert_type(octets.reshape(*octets.shape[:-1], -1, 4), jnp.int32)
+    words = (*octets.shape[:-1], octets.shape[-1] // 4, 4)
+    return jax.lax.bitcast_convert_type(octets.reshape(words), jnp.int32)
 
 
 def unpack_kv_codes(words: Array, bits: int) -> Array:

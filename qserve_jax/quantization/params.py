@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import FlattenedIndexKey, GetAttrKey, KeyPath
 
-from qserve_jax.quantization.config import GROUP_SIZES, QuantConfig
+from qserve_jax.quantization.config import QuantConfig
 from qserve_jax.quantization.numerics import (
     quantize_int8,
     quantize_per_channel,
@@ -33,49 +34,17 @@ from qserve_jax.quantization.qtensor import (
     W8PerChannel,
     is_quantized,
 )
+from qserve_jax.quantization.rules import AMBIGUOUS, DEFAULT_RULES, Rule
 
 Scheme = Literal["w4 per-group", "w4 per-channel", "w8 per-channel", "float"]
 DEFAULT_CONFIG = QuantConfig()
 
 
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """Which leaves to quantise, and what their axes mean. The first rule that matches decides.
-
-    pattern: regular expression, searched (re.search) in the leaf's path, names joined by "/".
-    contract: axes that the matmul sums over. out: axes of its output features. Every other axis is
-      a stack of independent kernels, wherever it stands.
-        [..., K, N]            the default
-        [N, K] (Hugging Face)  contract=(-1,), out=(-2,)
-        [K, L, N] (MaxText)    contract=(0,)
-        [D, heads, head_dim]   contract=(-3,), out=(-2, -1)
-        [heads, head_dim, D]   contract=(-3, -2)
-    skip: leave the leaf in float.
-    weight_bits, group_size: used instead of the QuantConfig's own.
-
-    Raises ValueError on an invalid pattern, weight_bits or group_size.
-    """
-
-    pattern: str
-    contract: tuple[int, ...] = (-2,)
-    out: tuple[int, ...] = (-1,)
-    skip: bool = False
-    weight_bits: int | None = None
-    group_size: int | None = None
-
-    def __post_init__(self):
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ValueError(f"pattern {self.pattern!r} is no regex: {error}") from None
-        for field, allowed in (("weight_bits", (4, 8, 16)), ("group_size", GROUP_SIZES)):
-            value = getattr(self, field)
-            if value is not None and value not in allowed:
-                raise ValueError(f"{field}={value} is not supported: use None or one of {allowed}")
-
-
-DEFAULT_RULES = (Rule(r"(^|/)kernel$"),)
-"""Every leaf named `kernel` with at least two axes, [..., K, N]."""
+INTERNAL = tuple(
+    os.path.join(folder, "")
+    for folder in (os.path.dirname(os.path.dirname(__file__)), os.path.dirname(jax.__file__))
+)
+"""Folders of code that a warning does not point at, but at the line that called into it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +67,11 @@ def plan(
 ) -> Plan:
     """The one place that decides a leaf's scheme. `rule` is the first that matches, or None.
 
-    Raises ValueError where a matching leaf is not float, or lacks the axes that the rule names.
+    Raises ValueError where a matching leaf is not float, lacks the axes that the rule names or has
+    nothing to contract, and where config is no QuantConfig.
     """
+    if not isinstance(config, QuantConfig):
+        raise ValueError(f"{config=} is not a QuantConfig: use QuantConfig.preset('w4a8kv4')")
     if rule is None:
         return Plan("float", reason="no rule matches")
     if rule.skip:
@@ -111,6 +83,8 @@ def plan(
         return Plan("float", reason=f"{len(shape)} axes, fewer than the rule needs")
     source = _source(path, shape, dtype, rule)
     k = math.prod(source.in_shape)
+    if k == 0:
+        raise ValueError(f"leaf {path!r} of shape {shape} has K=0 inputs: skip it with a Rule")
     group_size = rule.group_size or config.group_size
     if bits == 8:
         return Plan("w8 per-channel", source)
@@ -153,9 +127,29 @@ def plan_leaf(
     name = path_name(path)
     if is_quantized(leaf):
         return name, Plan("float", reason="already quantised")
-    rules = DEFAULT_RULES if rules is None else rules
-    rule = next((rule for rule in rules if re.search(rule.pattern, name)), None)
-    return name, plan(name, jnp.shape(leaf), getattr(leaf, "dtype", type(leaf)), rule, config)
+    shape = jnp.shape(leaf)
+    rule = _matching_rule(name, len(shape), DEFAULT_RULES if rules is None else rules)
+    leaf_plan = plan(name, shape, getattr(leaf, "dtype", type(leaf)), rule, config)
+    taken = leaf_plan.source is not None or leaf_plan.fallback
+    if rules is None and taken and len(shape) > 2 and AMBIGUOUS.search(name):
+        leaf_plan = _doubtful(leaf_plan, len(shape))
+    return name, leaf_plan
+
+
+def _matching_rule(name: str, ndim: int, rules: Sequence[Rule]) -> Rule | None:
+    matching = [rule for rule in rules if re.search(rule.pattern, name)]
+    for rule in matching:
+        if rule.skip or len(rule.contract) + len(rule.out) <= ndim:
+            return rule
+    return matching[0] if matching else None
+
+
+def _doubtful(leaf_plan: Plan, ndim: int) -> Plan:
+    """The plan as a fallback: the default rule may have taken the wrong axes for K and N."""
+    cure = "pass rules=FLAX_RULES or MAXTEXT_RULES, or a Rule"
+    reason = f"{ndim} axes taken as a stack of [K, N]: {cure}"
+    reason += f"; {leaf_plan.reason}" if leaf_plan.reason else ""
+    return dataclasses.replace(leaf_plan, reason=reason, fallback=True)
 
 
 def path_name(path: KeyPath) -> str:
@@ -180,11 +174,14 @@ def quantize_params(
     """The same tree with its matmul weights replaced by quantised containers (qtensor.py).
 
     params: any pytree (plain or Linen dicts, NNX state) of float arrays, on the device or the host.
+      A weight that is a nested Python list is no array but a tree of numbers: it stays as it is.
     rules: None takes DEFAULT_RULES, every leaf named `kernel` with at least two axes, [..., K, N].
+      Trees of Flax attention need FLAX_RULES, MaxText's MAXTEXT_RULES.
     stats: calibration statistics; not supported yet, must be None.
     strict: raise where a leaf cannot be quantised as asked. Otherwise one UserWarning names all
       such leaves: 4-bit with K not a multiple of the group falls to per-channel, with K odd stays
-      in float.
+      in float; a kernel of three or more axes named query, key, value or out is, without rules,
+      taken for a stack, which Flax and MaxText do not mean.
 
     Pure: `jax.jit(quantize_params, static_argnums=1)`, `jax.eval_shape` and sharded inputs work
     (a weight sharded over N or a stack axis is quantised where it lies). Outside jit, leaves are
@@ -195,7 +192,8 @@ def quantize_params(
     qwix exports a function of the same name with another signature; this one is QoQ's (QServe
     section 4.1, round to nearest).
 
-    Raises ValueError where a matching leaf is not float or lacks the axes its rule names.
+    Raises ValueError where a matching leaf is not float, lacks the axes its rule names or has K=0,
+    and where config is no QuantConfig.
     """
     if stats is not None:
         raise ValueError(f"stats={type(stats).__name__} is not supported yet: pass stats=None")
@@ -215,8 +213,8 @@ def _announce_fallbacks(planned: list[tuple[str, Plan]], strict: bool) -> None:
         return
     message = f"{len(fallbacks)} leaves cannot be quantised as asked: {', '.join(fallbacks)}"
     if strict:
-        raise ValueError(f"{message}; use group_size=-1, a Rule that skips them, or strict=False")
-    warnings.warn(message, UserWarning, stacklevel=3)
+        raise ValueError(f"{message}; use group_size=-1, rules for them, or strict=False")
+    warnings.warn(message, UserWarning, skip_file_prefixes=INTERNAL)
 
 
 def quantize_leaf(leaf: Any, leaf_plan: Plan) -> Any:

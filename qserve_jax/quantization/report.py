@@ -10,16 +10,22 @@ import jax
 import numpy as np
 
 from qserve_jax.quantization.config import QuantConfig
-from qserve_jax.quantization.params import DEFAULT_CONFIG, Rule, plan_leaf, quantize_leaf
-from qserve_jax.quantization.qtensor import is_quantized, nbytes
+from qserve_jax.quantization.params import DEFAULT_CONFIG, plan_leaf, quantize_leaf
+from qserve_jax.quantization.qtensor import Source, is_quantized, nbytes
+from qserve_jax.quantization.rules import Rule
 
 
 @dataclasses.dataclass(frozen=True)
 class LeafReport:
-    """One leaf. `reason` says why it is left in float, or is not quantised as the config asks."""
+    """One leaf. `reason` says why it is left in float, or is not quantised as the config asks.
+
+    axes: how its axes are taken, for example "stack 8 · K 256 · N 4x32"; empty where it is left as
+      it is.
+    """
 
     path: str
     shape: tuple[int, ...]
+    axes: str
     scheme: str
     reason: str
     bytes_before: int
@@ -59,7 +65,7 @@ class QuantizationReport:
         rows = [_cells(row) for row in self.rows]
         changed = [row for row in self.rows if row.changed]
         totals = [_total("total", self.rows), _total("quantised leaves", changed)]
-        header = ("path", "shape", "scheme", "bytes", "after", "ratio", "reason")
+        header = ("path", "shape", "axes", "scheme", "bytes", "after", "ratio", "reason")
         title = (
             f"{self.config.precision}, group_size {self.config.group_size}: "
             f"{len(changed)} of {len(self.rows)} leaves quantised"
@@ -87,23 +93,38 @@ def _row(path: Any, leaf: Any, config: QuantConfig, rules: Sequence[Rule] | None
     name, leaf_plan = plan_leaf(path, leaf, config, rules)
     if is_quantized(leaf):
         size = nbytes(leaf)
-        return LeafReport(name, leaf.codes.shape, type(leaf).__name__, leaf_plan.reason, size, size)
+        kind = type(leaf).__name__
+        return LeafReport(name, leaf.codes.shape, "", kind, leaf_plan.reason, size, size)
     leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
     before = after = nbytes(leaf)
+    axes = ""
     if leaf_plan.source is not None:
+        axes = _axes(leaf.shape, leaf_plan.source)
         struct = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         after = nbytes(jax.eval_shape(lambda w: quantize_leaf(w, leaf_plan), struct))
-    return LeafReport(name, leaf.shape, leaf_plan.scheme, leaf_plan.reason, before, after)
+    return LeafReport(name, leaf.shape, axes, leaf_plan.scheme, leaf_plan.reason, before, after)
+
+
+def _axes(shape: tuple[int, ...], source: Source) -> str:
+    """Sizes of the stack, "in" and "out" axes, as in `LeafReport.axes`."""
+    pairs = zip(shape, source.roles, strict=True)
+    stack = tuple(size for size, role in pairs if role == "stack")
+    sizes = {"stack": stack, "K": source.in_shape, "N": source.out_shape}
+    return " · ".join(f"{name} {_times(axes)}" for name, axes in sizes.items() if axes)
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _cells(row: LeafReport) -> tuple[str, ...]:
-    shape = "x".join(map(str, row.shape)) or "scalar"
-    return (row.path, shape, row.scheme, *_sizes(row.bytes_before, row.bytes_after), row.reason)
+    sizes = _sizes(row.bytes_before, row.bytes_after)
+    return (row.path, _times(row.shape) or "scalar", row.axes, row.scheme, *sizes, row.reason)
 
 
 def _total(name: str, rows: Sequence[LeafReport]) -> tuple[str, ...]:
     before, after = sum(r.bytes_before for r in rows), sum(r.bytes_after for r in rows)
-    return (name, "", "", *_sizes(before, after), "")
+    return (name, "", "", "", *_sizes(before, after), "")
 
 
 def _sizes(before: int, after: int) -> tuple[str, str, str]:
@@ -112,7 +133,7 @@ def _sizes(before: int, after: int) -> tuple[str, str, str]:
 
 def _table(lines: Sequence[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    numeric = {3, 4, 5}  # bytes, after, ratio: aligned to the right
+    numeric = {4, 5, 6}  # bytes, after, ratio: aligned to the right
     return "\n".join(
         "  ".join(
             cell.rjust(width) if column in numeric else cell.ljust(width)

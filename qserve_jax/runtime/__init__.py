@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from qserve_jax.runtime.decode import DecodeState, decode_loop, prefill_and_sample
     from qserve_jax.runtime.engine import LLM, EngineStats
     from qserve_jax.runtime.kv_cache import cache_bytes_per_token, init_cache
+    from qserve_jax.runtime.sampling import (
+        SampleOutput,
+        SamplingFeatures,
+        SamplingState,
+        TokenCounts,
+        make_sampling_state,
+        make_token_counts,
+    )
     from qserve_jax.runtime.sampling_params import SamplingParams
     from qserve_jax.runtime.sequence import RequestOutput, StreamOutput, TokenLogprobs
 
@@ -21,12 +29,18 @@ __all__ = [
     "DecodeState",
     "EngineStats",
     "RequestOutput",
+    "SampleOutput",
+    "SamplingFeatures",
     "SamplingParams",
+    "SamplingState",
     "StreamOutput",
+    "TokenCounts",
     "TokenLogprobs",
     "cache_bytes_per_token",
     "decode_loop",
     "init_cache",
+    "make_sampling_state",
+    "make_token_counts",
     "prefill_and_sample",
 ]
 
@@ -35,12 +49,18 @@ _HOME = {
     "DecodeState": "decode",
     "EngineStats": "engine",
     "RequestOutput": "sequence",
+    "SampleOutput": "sampling",
+    "SamplingFeatures": "sampling",
     "SamplingParams": "sampling_params",
+    "SamplingState": "sampling",
     "StreamOutput": "sequence",
+    "TokenCounts": "sampling",
     "TokenLogprobs": "sequence",
     "cache_bytes_per_token": "kv_cache",
     "decode_loop": "decode",
     "init_cache": "kv_cache",
+    "make_sampling_state": "sampling",
+    "make_token_counts": "sampling",
     "prefill_and_sample": "decode",
 }
 

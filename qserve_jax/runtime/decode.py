@@ -53,8 +53,12 @@ def prefill_and_sample(
     *,
     features: SamplingFeatures,
     attends: str = "full",
-) -> tuple[KVCache, SampleOutput]:
-    """Fresh prompts i32[B, T] (right-padded, lengths in state.context_lens) -> first tokens."""
+) -> tuple[KVCache, DecodeState, SampleOutput]:
+    """Fresh prompts i32[B, T] (right-padded, lengths in state.context_lens) -> first tokens.
+
+    Returns the cache, the state to go on from with `decode_loop` (a row whose first token is a
+    stop id, or was its only one, has finished), and the SampleOutput of the first tokens.
+    """
     cache, logits = prefill(
         model,
         params,
@@ -66,7 +70,8 @@ def prefill_and_sample(
         attends=attends,
         cached_pages=0,
     )
-    return cache, sample(logits, state.sampling, features, state.context_lens, state.counts)
+    out = sample(logits, state.sampling, features, state.context_lens, state.counts)
+    return cache, advance(state, out.tokens, state.remaining > 0, appended=0), out
 
 
 def decode_loop(
@@ -125,7 +130,7 @@ def decode_loop(
         out = sample_next(logits, state, context_lens)
         out = out._replace(tokens=jnp.where(active, out.tokens, -1))
         outputs = jax.tree.map(lambda all_, one: all_.at[:, step].set(one), outputs, out)
-        state = advance(state, out.tokens, active)
+        state = advance(state, out.tokens, active, appended=1)
         return step + 1, cache, state, outputs, jnp.any(active & (state.remaining == 0))
 
     carry = (jnp.int32(0), cache, state, outputs, jnp.bool_(False))
@@ -133,8 +138,12 @@ def decode_loop(
     return cache, state, outputs
 
 
-def advance(state: DecodeState, tokens: Array, active: Array) -> DecodeState:
-    """The state after each active row made one token: i32[B], bool[B]."""
+def advance(state: DecodeState, tokens: Array, active: Array, *, appended: int) -> DecodeState:
+    """The state after each active row made one token (i32[B], bool[B]).
+
+    appended: cache entries that each active row gained by it: decoding appends the token before,
+    prefill has counted the whole prompt already.
+    """
     stopped = jnp.any(tokens[:, None] == state.stop_ids, axis=1)
     counts = state.counts
     if counts is not None:
@@ -142,7 +151,7 @@ def advance(state: DecodeState, tokens: Array, active: Array) -> DecodeState:
     return dataclasses.replace(
         state,
         tokens=jnp.where(active, tokens, state.tokens),
-        context_lens=state.context_lens + active,
+        context_lens=state.context_lens + appended * active,
         remaining=jnp.where(stopped, 0, state.remaining - active),
         counts=counts,
     )

@@ -17,11 +17,11 @@ def encode_prompt(prompt: Any, tokenizer: Any, vocab_size: int) -> list[int]:
     A string is encoded with the tokenizer's special tokens, chat messages go through its chat
     template (with the generation prompt), a list of ids is taken as it is.
 
-    Raises ValueError on an empty prompt, ids outside the vocabulary, text without a tokenizer, or
-    messages without a chat template.
+    Raises ValueError on an empty prompt, text that is not UTF-8, ids outside the vocabulary, text
+    without a tokenizer, or messages without a chat template.
     """
     if isinstance(prompt, str):
-        ids = _require(tokenizer, "a text prompt").encode(prompt) if prompt else []
+        ids = _encode_text(prompt, _require(tokenizer, "a text prompt")) if prompt else []
     elif len(prompt) and isinstance(prompt[0], dict):
         ids = _encode_messages(prompt, tokenizer)
     else:
@@ -38,10 +38,23 @@ def _encode_messages(messages: Sequence[dict[str, str]], tokenizer: Any) -> list
     tokenizer = _require(tokenizer, "a chat prompt")
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template: give the prompt as text")
-    encoded = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
-    )
-    return list(encoded["input_ids"])
+    text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    return _encode_text(text, tokenizer, add_special_tokens=False)  # the template has put them
+
+
+def _encode_text(text: str, tokenizer: Any, **options: Any) -> list[int]:
+    if not is_utf8(text):
+        raise ValueError(f"the prompt {text!r:.60} is not UTF-8 text: remove lone surrogates")
+    return tokenizer.encode(text, verbose=False, **options)  # the engine tells if it is too long
+
+
+def is_utf8(text: str) -> bool:
+    """False for what Python makes of stray bytes in arguments, and of lone surrogates in JSON."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _require(tokenizer: Any, what: str) -> Any:

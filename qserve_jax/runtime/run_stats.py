@@ -24,9 +24,8 @@ def run_stats(llm: LLM, load_seconds: float, first_tokens: Sequence[float]) -> d
 
     first_tokens: seconds to the first token of each sample, compilation apart; we report the mean.
     """
-    stats, kv_bits = llm.stats, llm.quant_config.kv_bits
-    dtype = llm.params["embed"]["embedding"].dtype
-    kv_bytes = cache_bytes_per_token(llm.config, kv_bits, dtype)
+    stats, dtype = llm.stats, llm.params["embed"]["embedding"].dtype
+    kv_bytes = cache_bytes_per_token(llm.config, llm.quant_config.kv_bits, dtype)
     decoded = stats.generated_tokens - stats.prefilled_sequences
     bytes_read = stats.decode_steps * _weights_read(llm.params) + stats.attended_tokens * kv_bytes
     return {
@@ -41,7 +40,7 @@ def run_stats(llm: LLM, load_seconds: float, first_tokens: Sequence[float]) -> d
         "seconds_per_step": _ratio(stats.decode_seconds, stats.decode_steps),
         "weight_bytes": nbytes(llm.params),
         "weight_format": weight_format(llm),
-        "kv_bits": kv_bits,
+        "kv_bits": _real_bits(llm.quant_config.kv_bits, dtype),
         "kv_bytes_per_token": kv_bytes,
         "peak_bytes": peak_bytes(),
         "decode_bytes_per_second": _ratio(bytes_read, stats.decode_seconds),
@@ -74,12 +73,21 @@ def format_stats(stats: dict[str, Any]) -> str:
 
 
 def weight_format(llm: LLM) -> str:
-    """`W4A8 g128`: as the kernels are, not as asked; some K are no multiple of the group size."""
+    """`W4A8 g128`: as the kernels are, not as asked; some K are no multiple of the group size.
+
+    What is not quantised has the bits of its dtype: `W32A32` for float32.
+    """
     leaves = jax.tree.leaves(llm.params, is_leaf=is_quantized)
     groups = sorted({f"g{leaf.group_size}" for leaf in leaves if isinstance(leaf, W4PerGroup)})
     channels = ["per-channel"] if any(isinstance(leaf, W4PerChannel) for leaf in leaves) else []
-    bits = f"W{llm.quant_config.weight_bits}A{llm.quant_config.act_bits}"
-    return f"{bits} {'+'.join(groups + channels)}".rstrip()
+    config, dtype = llm.quant_config, llm.params["embed"]["embedding"].dtype
+    weight_bits, act_bits = (_real_bits(b, dtype) for b in (config.weight_bits, config.act_bits))
+    return f"W{weight_bits}A{act_bits} {'+'.join(groups + channels)}".rstrip()
+
+
+def _real_bits(bits: int, dtype: Any) -> int:
+    """A precision's 16 stands for not quantised."""
+    return 8 * dtype.itemsize if bits == 16 else bits
 
 
 def peak_bytes() -> int:
@@ -109,11 +117,15 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _size(count: int) -> str:
-    unit, name = (2**30, "GiB") if count >= 2**30 else (2**20, "MiB")
-    return f"{count / unit:.1f} {name}"
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count / 2**10:.1f} KiB"
 
 
 def _bandwidth(bytes_per_second: float) -> str:
     if bytes_per_second >= 1e11:
         return f"{bytes_per_second / 1e12:.2f} TB/s"
-    return f"{bytes_per_second / 1e9:.2f} GB/s"
+    if bytes_per_second >= 1e8:
+        return f"{bytes_per_second / 1e9:.2f} GB/s"
+    return f"{bytes_per_second / 1e6:.2f} MB/s"

@@ -69,6 +69,7 @@ class SampleOutput(NamedTuple):
     """Tokens, and the log-probabilities asked for (None where they are not)."""
 
     tokens: Array  # i32[B]
+    finite: Array  # bool[B], whether the model's logits had a finite maximum: no NaN, no overflow
     logprobs: Array | None = None  # f32[B], of `tokens`
     top_tokens: Array | None = None  # i32[B, k], most likely first
     top_logprobs: Array | None = None  # f32[B, k]
@@ -106,7 +107,8 @@ def sample(
         drawn = jnp.argmax(scores + gumbel_noise(state.seed, positions, logits.shape[-1]), axis=-1)
         tokens = jnp.where(state.temperature > 0, drawn, tokens)
     tokens = tokens.astype(jnp.int32)
-    return SampleOutput(tokens, *_logprobs(logits, tokens, features.logprobs))
+    finite = jnp.isfinite(jnp.max(logits, axis=-1))
+    return SampleOutput(tokens, finite, *_logprobs(logits, tokens, features.logprobs))
 
 
 def apply_bias(logits: Array, state: SamplingState) -> Array:

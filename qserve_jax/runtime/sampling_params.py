@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from qserve_jax.runtime.prompts import is_utf8
+
+MAX_SAMPLES = 16384
 MAX_LOGPROBS = 20
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _FLOAT32_TINY = float(np.finfo(np.float32).tiny)
@@ -19,7 +21,11 @@ def _is_int(value: object) -> bool:
 
 def _is_real(value: object) -> bool:
     number = isinstance(value, (int, float, np.integer, np.floating))
-    return number and not isinstance(value, bool) and math.isfinite(value)
+    return number and not isinstance(value, bool)
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
 
 
 def _int_from(low: int, high: int | None = None) -> Callable[[object], bool]:
@@ -27,12 +33,14 @@ def _int_from(low: int, high: int | None = None) -> Callable[[object], bool]:
 
 
 def _real_in(low: float, high: float) -> Callable[[object], bool]:
-    return lambda v: _is_real(v) and low <= v <= high  # type: ignore
+    return lambda v: _is_real(v) and low <= v <= high  # type: ignore  # false for NaN
 
 
 # field: (is the value allowed, the limit, the cure)
 _LIMITS: dict[str, tuple[Callable[[object], bool], str, str]] = {
-    "n": (_int_from(1), "an integer >= 1", "use 1 for one completion"),
+    "n": (
+        _int_from(1, MAX_SAMPLES),
+        f"an integer in [1, {MAX_SAMPLES}]", "use 1 for one completion"),
     "max_tokens": (_int_from(1), "an integer >= 1", "use 1 for the shortest completion"),
     "temperature": (_real_in(0, _FLOAT32_MAX), "a finite number >= 0", "use 0 for greedy"),
     "top_p": (lambda v: _is_real(v) and 0 < v <= 1, "in (0, 1]", "use 1 to turn it off"),  # type: ignore
@@ -48,6 +56,9 @@ _LIMITS: dict[str, tuple[Callable[[object], bool], str, str]] = {
     "logprobs": (
         lambda v: v is None or _int_from(0, MAX_LOGPROBS)(v),
         f"an integer in [0, {MAX_LOGPROBS}]", "use None for no log-probabilities"),
+    "ignore_eos": (_is_bool, "True or False", "use False to end at the end-of-sequence token"),
+    "include_stop_str_in_output": (_is_bool, "True or False", "use False to leave it out"),
+    "skip_special_tokens": (_is_bool, "True or False", "use True to leave them out"),
 }  # fmt: skip
 
 
@@ -56,7 +67,8 @@ class SamplingParams:
     """How to sample one request. Fields and meanings are vLLM's; only `temperature` and
     `max_tokens` have other defaults (greedy, 256).
 
-    n: completions per prompt. More than 1 needs temperature > 0: greedy ones would be equal.
+    n: completions per prompt, at most 16384. More than 1 needs temperature > 0: greedy ones would
+      be equal.
     max_tokens: longest completion, in tokens.
     temperature: logits are divided by it; 0 takes the most likely token (greedy, the default).
     top_k: only the k most likely tokens; 0 or -1 turns it off.
@@ -112,11 +124,15 @@ class SamplingParams:
 
 
 def _checked_stop(stop: object) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())  # type: ignore
-    for string in strings:
+    stop = () if stop is None else (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stop, Sequence):
+        raise ValueError(f"stop={stop!r} must be a string or strings: use [text, ...]")
+    for string in stop:
         if not isinstance(string, str) or not string:
             raise ValueError(f"stop={stop!r} must hold non-empty strings only: remove {string!r}")
-    return strings
+        if not is_utf8(string):
+            raise ValueError(f"stop={stop!r} must hold UTF-8 text only: correct {string!r}")
+    return tuple(stop)
 
 
 def _checked_stop_ids(ids: object) -> tuple[int, ...]:

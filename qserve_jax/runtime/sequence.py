@@ -108,17 +108,14 @@ class Sequence:
         )
 
 
-def take_logprobs(
-    output: Any, row: int, step: int | None, params: SamplingParams
-) -> TokenLogprobs | None:
-    """One row's log-probabilities from a SampleOutput of numpy arrays (step None: no step axis).
+def take_logprobs(output: Any, row: int, step: int, params: SamplingParams) -> TokenLogprobs | None:
+    """One row's log-probabilities at a step of a SampleOutput of numpy arrays with a step axis.
 
     The batch computes as many as its most demanding row; each gets what it asked for.
     """
     if params.logprobs is None:
         return None
-    at = (row,) if step is None else (row, step)
-    ids = output.top_tokens[at][: params.logprobs].tolist()
-    values = output.top_logprobs[at][: params.logprobs].tolist()
+    ids = output.top_tokens[row, step][: params.logprobs].tolist()
+    values = output.top_logprobs[row, step][: params.logprobs].tolist()
     top = tuple(zip(ids, values, strict=True))
-    return TokenLogprobs(int(output.tokens[at]), float(output.logprobs[at]), top)
+    return TokenLogprobs(int(output.tokens[row, step]), float(output.logprobs[row, step]), top)

@@ -135,7 +135,8 @@ def test_only_safetensors_of_another_name(checkpoint):
 
 def test_what_says_nothing_new_is_ignored(checkpoint):
     checkpoint.tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(32, np.float32)
-    checkpoint.config["tie_word_embeddings"] = True  # and there is an lm_head.weight
+    checkpoint.config["tie_word_embeddings"] = True
+    checkpoint.tensors["lm_head.weight"] = checkpoint.tensors["model.embed_tokens.weight"].copy()
     assert "lm_head" not in load_float(checkpoint.write()).params
 
 
@@ -148,6 +149,12 @@ def test_end_tokens_are_those_of_generation_config(checkpoint):
     assert load_float(folder).config.eos_token_ids == (4, 5)
     generation.write_text(json.dumps({"eos_token_id": None}))
     assert load_float(folder).config.eos_token_ids == (3,)
+
+
+def test_config_may_begin_with_a_byte_order_mark(checkpoint):
+    file = checkpoint.write() / "config.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_float(checkpoint.folder).config.num_layers == 2
 
 
 def narrow(checkpoint):

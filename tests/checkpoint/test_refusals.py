@@ -1,6 +1,7 @@
 """What cannot be loaded is refused in one line that names the value, the limit and the cure."""
 
 import json
+import os
 from pathlib import Path
 
 import ml_dtypes
@@ -65,6 +66,24 @@ def test_long_lists_are_cut_and_counted(checkpoint, headers_only):
 def test_untied_head_must_be_there(checkpoint, headers_only):
     del checkpoint.tensors["lm_head.weight"]
     assert_refused(checkpoint.write(), "1 missing: lm_head.weight [32, 128]")
+
+
+@pytest.mark.parametrize("change", ["value", "dtype", "shape"])
+def test_tied_model_refuses_another_head(checkpoint, change, monkeypatch):
+    """One number of the last block is enough; transformers would not tie these either."""
+    monkeypatch.setattr(stream, "BLOCK_ELEMENTS", 128 * 10)
+    head = checkpoint.tensors["model.embed_tokens.weight"].copy()
+    head[-1, -1] += 1
+    head = {"value": head, "dtype": head.astype(np.float16), "shape": head[:-1]}[change]
+    checkpoint.config["tie_word_embeddings"] = True
+    checkpoint.tensors["lm_head.weight"] = head
+    assert_refused(
+        checkpoint.write(), "lm_head.weight in", "differs", "tie_word_embeddings to false to use"
+    )
+    checkpoint.config["tie_word_embeddings"] = False
+    if change == "value":
+        loaded = load_model(checkpoint.write(), precision="w16a16kv16", dtype="float32")
+        np.testing.assert_array_equal(loaded.params["lm_head"]["embedding"], head)
 
 
 def test_tied_model_refuses_biases_it_does_not_have(checkpoint, headers_only):
@@ -181,6 +200,55 @@ def test_bad_json(checkpoint, name, text):
     assert_refused(checkpoint.folder, file, "correct it")
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_deeply_nested_json(checkpoint, name):
+    file = checkpoint.write() / name
+    file.write_text('{"a":' + "[" * 100_000 + "]" * 100_000 + "}")
+    assert_refused(checkpoint.folder, f"{file} is not valid JSON (", "correct it")
+
+
+def make_loop(file):
+    file.symlink_to(file.name)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (Path.mkdir, "is a directory: put the file itself there"),
+        (make_loop, "is a symbolic link that leads to no file"),
+        (lambda file: file.symlink_to("nowhere"), "is a symbolic link that leads to no file"),
+        (os.mkfifo, "is no regular file"),
+    ],
+    ids=["directory", "loop", "dead link", "pipe"],
+)
+def test_what_is_no_file_is_called_what_it_is(checkpoint, name, make, words):
+    file = checkpoint.write() / name
+    file.unlink(missing_ok=True)
+    make(file)
+    assert_refused(checkpoint.folder, f"{file} {words}")
+
+
+def test_names_of_tensors_cannot_break_the_line(checkpoint, headers_only):
+    checkpoint.tensors["a\nb\u2028c" + "d" * 1000] = np.ones(1, np.float32)
+    message = refusal(checkpoint.write())
+    assert r"a\nb\u2028cddd" in message and len(message) < 600
+
+
+@pytest.mark.parametrize("ids", [32, -1, [3, 2**31], 10**400], ids=["32", "-1", "list", "huge"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_end_tokens_outside_the_vocabulary(checkpoint, name, ids):
+    content = {"eos_token_id": ids}
+    file = checkpoint.write() / name
+    file.write_text(json.dumps((checkpoint.config if name == "config.json" else {}) | content))
+    assert_refused(checkpoint.folder, f"{file}: eos_token_id=", "not in the vocabulary", "0 to 31")
+
+
+def test_odd_keys_cannot_break_the_line(checkpoint):
+    checkpoint.config["a\nb"] = "c\nd"
+    assert_refused(checkpoint.write(), r"'a\nb'='c\nd'")
+
+
 def test_unsupported_configs(checkpoint):
     checkpoint.config["quantization_config"] = {"quant_method": "gptq"}
     assert_refused(checkpoint.write(), "quantization_config", "'gptq'", error=ValueError)
@@ -198,6 +266,10 @@ def test_bad_arguments_are_found_before_the_checkpoint():
     path = "/no/such/directory"
     assert_refused(path, "precision 'w3a8'", error=ValueError, precision="w3a8")
     assert_refused(path, "group_size=64", error=ValueError, group_size=64)
+    for precision in (4, None, ["w4a8kv4"], b"w4a8kv4"):
+        assert_refused(path, "is not a string", error=ValueError, precision=precision)
+    for size in ("128", 128.0, None, True, np.ones(2)):
+        assert_refused(path, "not an integer: use 128", error=ValueError, group_size=size)
     assert_refused(
         path, "tpu", "mosaic_sm90, mosaic_mma, reference", error=ValueError, backend="tpu"
     )

@@ -1,6 +1,7 @@
 """Paths and Hugging Face ids, without a network."""
 
 import huggingface_hub
+import huggingface_hub.constants
 import pytest
 
 from qserve_jax.checkpoint import CheckpointError, load_model
@@ -30,6 +31,29 @@ def test_no_such_directory(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = refusal(path)
     assert message.startswith(f"no such directory: {path}; ") and "org/name" in message
+
+
+def test_empty_path():
+    assert refusal("").startswith("the model path is empty: pass a checkpoint's directory")
+
+
+@pytest.mark.parametrize(
+    "path", ["x" * 5000, "/a" * 2500, "some-org/" + "x" * 4991], ids=["name", "path", "id"]
+)
+def test_long_paths_are_shortened(path):
+    message = refusal(path)
+    assert "5000 characters exceed the system's limit" in message and len(message) < 450
+    assert message.startswith(f"{path[:50]}")
+
+
+def test_long_ids_are_shortened(cache):
+    assert len(refusal("some-org/" + "x" * 250)) < 600
+
+
+@pytest.mark.parametrize("path", ["~no-such-user/x", 5, None, b"x"])
+def test_what_cannot_be_a_path(path):
+    message = refusal(path)
+    assert message.startswith(f"{path} is no path (") and "pass a checkpoint's" in message
 
 
 def test_directory_and_home(tmp_path, monkeypatch):

@@ -350,7 +350,9 @@ def test_harmless_keys_are_accepted():
     keys = {"pad_token_id": 0, "attention_dropout": 0.1, "pretraining_tp": 2, "use_cache": False}
     keys |= {"temperature": 0.6, "max_length": 4096, "unsloth_version": "1", "torchscript": True}
     keys |= {"partial_rotary_factor": 1.0, "transformers.js_config": {"dtype": "q4"}}
+    keys |= {"pad_token_id": -1, "do_sample": False, "id2label": {}}
     unused = {"attn_logit_softcapping": None, "use_mrope": False, "pruned_heads": {}}
+    unused |= {"is_decoder": False, "qkv_bias": False, "anything": None, "auto_map": {}}
     assert config_from_hf(minimal(**keys, **unused)) == config_from_hf(minimal())
 
 
@@ -369,6 +371,16 @@ REFUSED = [
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     ({"quantization_config": {"quant_method": "awq"}}, r"\(quant_method 'awq'\).* use the float"),
     ({"is_encoder_decoder": True}, "is_encoder_decoder=True"),
+    # false is no way to say "not used" where it changes the model
+    ({"is_causal": False}, "is_causal=False"),
+    ({"scale_attn_weights": False}, "scale_attn_weights=False"),
+    ({"use_rope": False, "anything": {}, "other": []}, "use_rope=False, anything={}, other="),
+    ({"hidden_act": False}, "hidden_act=False"),
+    ({"use_mrope": 0}, "use_mrope=0"),
+    ({"architectures": 5}, "architectures=5 is not a list"),
+    ({"architectures": "LlamaForCausalLM"}, "architectures='LlamaForCausalLM' is not a list"),
+    ({"architectures": [None]}, "architecture None is not supported"),
+    ({"a\nb": 1}, r"'a\\nb'=1"),
     ({"num_experts": 8, "num_experts_per_tok": 2}, "num_experts=8, num_experts_per_tok=2;"),
     ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
     ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
@@ -407,6 +419,23 @@ REFUSED = [
     ({"rms_norm_eps": 0}, "rms_norm_eps=0 is not between 0 and 1"),
     ({"tie_word_embeddings": 1}, "tie_word_embeddings=1 is not a boolean"),
     ({"torch_dtype": "float8_e4m3fn"}, "dtype='float8_e4m3fn' is not supported"),
+    ({"num_hidden_layers": 10_001}, "num_hidden_layers=10001 is beyond the limit of 10000"),
+    ({"num_hidden_layers": 10**13}, "num_hidden_layers=10000000000000 is beyond"),
+    ({"num_hidden_layers": 10**400}, "num_hidden_layers=10+[.]{3}0+ is beyond the limit"),
+    ({"hidden_size": 2**31}, "hidden_size=2147483648 is beyond the limit of 2147483647"),
+    ({"head_dim": 10**400}, "head_dim=10.* is beyond the limit"),
+    ({"vocab_size": -(10**400)}, "vocab_size=-10.* is not a positive integer"),
+    ({"max_position_embeddings": 10**400}, "max_position_embeddings=10.* is beyond"),
+    (
+        {"model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 2},
+        "has no num_key_value_heads, and its default of 32 does not .*num_attention_heads=2: add",
+    ),
+    ({"eos_token_id": 96}, r"eos_token_id=96 is not in .* from 0 to 95 \(vocab_size=96\)"),
+    ({"eos_token_id": [1, 2**31]}, "eos_token_id=2147483648 is not in the vocabulary"),
+    ({"eos_token_id": -5}, "eos_token_id=-5 is not in the vocabulary"),
+    ({"bos_token_id": 500}, "bos_token_id=500 is not in the vocabulary"),
+    ({"bos_token_id": -1}, "bos_token_id=-1 is not in the vocabulary"),
+    ({"vocab_size": 2}, r"eos_token_id=2 \(the default of a config.json without it\) is not in"),
     ({"eos_token_id": "</s>"}, "eos_token_id='</s>' is not an integer"),
     ({"bos_token_id": [1]}, r"bos_token_id=\[1\] is not an integer"),
     ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0 is not a positive integer"),
@@ -433,6 +462,17 @@ REFUSED = [
         rope_scaling(type="linear", factor=2.0) | {"rope_parameters": {"rope_theta": 3.0}},
         "rope_parameters=.* contradicts rope_scaling=",
     ),
+    (rope_scaling(type="linear", factor=1e308), "rope factor=1e[+]308 is out of .*, up to 1e[+]15"),
+    (rope_scaling(type="linear", factor=1e9), "factor=1000000000.0 makes a context of 2048000"),
+    (rope_scaling(type="yarn", factor=1e9), "factor=1000000000.0 makes a context of 2048000"),
+    (rope_scaling(type="yarn", factor=2.0, beta_fast=1e-320), "rope beta_fast=1e-320 is out of"),
+    (
+        rope_scaling(type="yarn", factor=2.0, original_max_position_embeddings=10**400),
+        "original_max_position_embeddings=10.* is beyond the limit",
+    ),
+    ({"rope_theta": 10**400}, "rope theta=10+[.]{3}0+ is out of range"),
+    ({"rope_theta": float("inf")}, "rope theta=inf is out of range"),
+    ({"rope_theta": float("nan")}, "rope theta=nan is out of range"),
     ({"rope_theta": "1e4"}, "theta='1e4' is out of range"),
     ({"rope_scaling": "linear"}, "rope_scaling='linear' is not an object"),
     (rope_scaling(type="default", partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
@@ -443,7 +483,12 @@ REFUSED = [
 def test_what_is_not_supported_is_refused_by_name(keys, message):
     with pytest.raises(ValueError, match=message) as error:
         config_from_hf(minimal() | keys)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_the_largest_of_everything():
+    config = config_from_hf(minimal(num_hidden_layers=10_000, rope_theta=4.5e10, eos_token_id=95))
+    assert (config.num_layers, config.rope.theta, config.eos_token_ids) == (10_000, 4.5e10, (95,))
 
 
 @pytest.mark.parametrize(

@@ -386,3 +386,32 @@ def test_linear_multiplies_integers(quant, tiny, random_params, rng):
     codes, scale = np.asarray(x.codes, np.int64), np.asarray(x.scale, np.float64)
     expected = (codes @ weight) * scale[:, None] + np.asarray(p["bias"][1])
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+GOOD_STEP = {"tokens": i32([1, 2]), "block_table": i32(TABLE[:2]), "context_lens": i32([1, 1])}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"tokens": i32([[1], [2]])}, r"tokens is int32\[2, 1\] but must be an integer \[B\] "),
+        ({"tokens": jnp.ones(2)}, r"tokens is float32\[2\] but must be an integer \[B\]"),
+        ({"tokens": i32([1, 2]), "call": prefill}, r"int32\[2\] but must be an integer \[B, T\]"),
+        ({"tokens": jnp.ones((2, 3)), "call": prefill}, r"tokens is float32\[2, 3\]"),
+        ({"block_table": i32(TABLE)}, r"block_table is int32\[3, 3\] .* \[B, max_pages\]"),
+        ({"block_table": i32(TABLE[0])}, r"block_table is int32\[3\] .* \[B, max_pages\]"),
+        ({"context_lens": i32([1])}, r"context_lens is int32\[1\] .* \(tokens \[2\]; prefill"),
+        ({"context_lens": jnp.ones(2)}, r"context_lens is float32\[2\] .* integer \[B\]"),
+        ({"rope_lens": i32([9, 9, 9])}, r"rope_lens is int32\[3\]"),
+        (
+            {"tokens": i32(TABLE[:2]), "query_lens": i32(1), "call": prefill},
+            r"query_lens is int32\[\] .* integer \[B\]",
+        ),
+    ],
+)
+def test_wrong_inputs_are_named(changes, message, tiny):
+    config, arguments = tiny(), GOOD_STEP | changes
+    call: Any = arguments.pop("call", decode_step)
+    with pytest.raises(ValueError, match=message) as caught:
+        call(CausalLM(config), {}, new_cache(config), **arguments)
+    assert "\n" not in str(caught.value)

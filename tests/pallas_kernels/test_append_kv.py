@@ -118,5 +118,18 @@ def test_errors():
         append_kv(cache, good[:, :1], good, slots, layer=0)
     with pytest.raises(ValueError, match=r"v \(4, 2, 16\) must be .* = \(5, 2, 16\)"):
         append_kv(cache, good, good[:4], slots, layer=0)
-    with pytest.raises(ValueError, match=r"cache of shape \(2, 3, 2, 48\) .* layer=None"):
+    with pytest.raises(ValueError, match=r"cache pages of shape \(2, 3, 2, 48\) .* layer=None"):
         append_kv(cache, good, good, slots)
+    with pytest.raises(
+        ValueError, match=r"layer=9 but the cache pages have layers 0\.\.1: use one"
+    ):
+        append_kv(cache, good, good, slots, layer=9)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_no_tokens_write_nothing(bits):
+    shape = (3, 2, 2, 8, 16) if bits == 16 else (3, 2, 8 * kv_bytes_per_token(16, bits) // 4)
+    pages = jnp.ones(shape, jnp.float32 if bits == 16 else jnp.int32)
+    none = jnp.zeros((0, 2, 16))
+    written = append_kv(KVCache(pages, bits, 16), none, none, jnp.zeros(0, jnp.int32))
+    np.testing.assert_array_equal(written.pages, pages)

@@ -206,6 +206,28 @@ def test_pages_hold_what_was_appended(bits, rng):
     assert jnp.isnan(values[0, 70 : 2 * S_P]).all()
 
 
+@pytest.mark.parametrize("attends", ["full", "quantized"])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_no_sequences_and_no_pages(bits, attends, rng):
+    """B = 0 has nothing to say; without pages there is nothing behind the new tokens."""
+    cache = poisoned_cache(bits, 2, 3)
+    for batch, pages in ((0, 3), (2, 0)):
+        new = rng.standard_normal((2, batch, 1, 2, H)).astype(np.float32)
+        new_k, new_v = jnp.asarray(new) if attends == "full" else (None, None)
+        out = attention(
+            jnp.ones((batch, 1, 4, H)),
+            cache,
+            jnp.zeros((batch, pages), jnp.int32),
+            jnp.ones(batch, jnp.int32),
+            new_k=new_k,
+            new_v=new_v,
+            attends=attends,
+            layer=1,
+        )
+        expected = np.repeat(new[1], 2, axis=2) if attends == "full" else 0  # each sees itself
+        np.testing.assert_array_equal(out, np.broadcast_to(expected, (batch, 1, 4, H)))
+
+
 def test_dtypes():
     """Out as q; a bfloat16 cache does not round the new tokens of a float32 query."""
     cache = poisoned_cache(16, 1, 1, jnp.bfloat16)
@@ -271,7 +293,9 @@ def call_with(**changes):
         ({"q": jnp.zeros((4, H))}, r"q has shape \(4, 16\): it must be \[B, T, N, H\]"),
         ({"q": jnp.zeros((2, 1, 3, H))}, r"q \(2, 1, 3, 16\) does not fit .* of 2 heads of 16"),
         ({"q": jnp.zeros((2, 1, 4, 8))}, r"q \(2, 1, 4, 8\) does not fit .* of 2 heads of 16"),
-        ({"layer": None}, r"cache of shape .* does not go with layer=None"),
+        ({"layer": None}, r"cache pages of shape .* do not go with layer=None"),
+        ({"layer": 5}, r"layer=5 but the cache pages have layers 0\.\.1: use one"),
+        ({"layer": -1}, r"layer=-1 but the cache pages have layers 0\.\.1: use one"),
         ({"block_table": jnp.zeros((1, 3))}, r"block_table \(1, 3\) and .* with B=2"),
         ({"context_lens": jnp.ones(3)}, r"context_lens \(3,\) must be .* with B=2"),
         ({"query_lens": jnp.ones(1)}, r"query_lens \(1,\) must be \[B\] with B=2"),

@@ -1,5 +1,8 @@
 """The fused tree gives what the canonical tree gives."""
 
+import types
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 
 from qserve_jax.models import CausalLM, ModelConfig, param_shapes
 from qserve_jax.models.layers import join_in_place, projections, split_in_place
-from qserve_jax.pallas_kernels import prepare_for_backend
+from qserve_jax.pallas_kernels import prepare, prepare_for_backend
 from qserve_jax.quantization import QuantConfig, dequantize_params, quantize_params
 from qserve_jax.quantization.qtensor import W4PerChannel, W4PerGroup, W8PerChannel, is_quantized
 
@@ -109,6 +112,36 @@ def test_the_argument_is_left_alone_and_the_rest_shared():
     assert fused["layers"]["o_proj"]["kernel"] is params["layers"]["o_proj"]["kernel"]
     again = prepare_for_backend(fused)  # nothing left to fuse
     assert set(again["layers"]) == set(fused["layers"])
+
+
+@every_kind
+def test_in_place_frees_the_parts_of_one_projection_before_the_next(kind, monkeypatch):
+    params = make_params(kind)
+    expected = prepare_for_backend(params)
+    arrays = {
+        name: [weakref.ref(leaf) for leaf in jax.tree.leaves(params["layers"][name])]
+        for name in WIDTHS
+    }
+    alive = []
+    fuse = prepare._fuse
+
+    def watch(parts):
+        alive.append([n for n, refs in arrays.items() if any(ref() is not None for ref in refs)])
+        return fuse(parts)
+
+    monkeypatch.setattr(prepare, "_fuse", watch)
+    result = prepare_for_backend(params, in_place=True)
+    assert result is params
+    assert alive == [list(WIDTHS), ["gate_proj", "up_proj"]]
+    assert all(ref() is None for refs in arrays.values() for ref in refs)
+    assert jax.tree.structure(result) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, result, expected)
+
+
+def test_in_place_needs_dicts():
+    params = types.MappingProxyType(make_params(W8PerChannel)["layers"])
+    with pytest.raises(ValueError, match="needs plain dicts, got mappingproxy: pass"):
+        prepare_for_backend({"layers": params}, in_place=True)
 
 
 def test_under_jit():

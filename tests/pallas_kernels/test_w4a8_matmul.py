@@ -10,6 +10,7 @@ import pytest
 
 from qserve_jax.pallas_kernels import quantized_matmul, w4a8_matmul
 from qserve_jax.pallas_kernels.w4a8_matmul import reference
+from qserve_jax.quantization import QuantConfig, quantize_kernel
 from qserve_jax.quantization.packing import dequantize_weight
 from qserve_jax.quantization.qtensor import (
     Int8Activation,
@@ -162,6 +163,17 @@ def test_product_with_the_dequantised_weight(kind, rng):
 
 
 @every_kind
+@pytest.mark.parametrize("m, n", [(0, 4), (2, 0)])
+def test_no_tokens_and_no_outputs(kind, m, n, rng):
+    x, _ = make_activation(rng, (m, 256))
+    w, _ = make_weight("w8", rng, (n, 256))
+    if kind != "w8":
+        config = QuantConfig(group_size=G if kind == "per-group" else -1)
+        w = quantize_kernel(jnp.ones((256, n)), config)
+    assert quantized_matmul(x, w).shape == (m, n)
+
+
+@every_kind
 def test_leading_axes_and_layers(kind, rng):
     stacked, _ = make_weight(kind, rng, (3, 48, 256))
     x, _ = make_activation(rng, (2, 3, 256))
@@ -203,8 +215,26 @@ def test_errors(rng):
     with pytest.raises(ValueError, match="x has k=256 but weight has K=128"):
         quantized_matmul(x, w)
     stacked, _ = make_weight("w8", rng, (3, 8, 256))
-    with pytest.raises(ValueError, match=r"shape \(3, 8, 256\) with layer=None: need one"):
+    with pytest.raises(ValueError, match=r"shape \(3, 8, 256\) do not go with layer=None"):
         quantized_matmul(x, stacked)
+    with pytest.raises(
+        ValueError, match=r"shape \(8, 64\) do not go with layer=0: leave layer out"
+    ):
+        quantized_matmul(activation(np.ones((2, 128), int)), w, layer=0)
+    with pytest.raises(ValueError, match=r"shape \(1, 3, 8, 256\): need \[N, K\] or \[L, N, K\]"):
+        quantized_matmul(x, jax.tree.map(lambda a: a[None], stacked), layer=0)
+    layers: Any = (7, 3, -1, np.int64(3), jnp.int32(-4))
+    for layer in layers:
+        with pytest.raises(ValueError, match=rf"layer={layer} but the weight codes .* 0\.\.2"):
+            quantized_matmul(x, stacked, layer=layer)
+    with pytest.raises(ValueError, match=r"layer=1\.0 is no integer: use 0\.\.2"):
+        quantized_matmul(x, stacked, layer=1.0)  # pyright: ignore[reportArgumentType]
+    floats = dataclasses.replace(x, codes=x.codes.astype(jnp.float32))
+    with pytest.raises(ValueError, match="x codes are float32 but must be int8: quantise first"):
+        quantized_matmul(floats, stacked, layer=0)
+    unsigned = dataclasses.replace(stacked, codes=stacked.codes.astype(jnp.uint8))
+    with pytest.raises(ValueError, match="weight codes are uint8 but must be int8"):
+        quantized_matmul(x, unsigned, layer=0)
     with pytest.raises(ValueError, match="needs 4-bit weights, got W8PerChannel"):
         w4a8_matmul(x, stacked, layer=0)
     with pytest.raises(ValueError, match=r"bias has shape \(1,\) but the product needs \(8,\)"):

@@ -52,7 +52,9 @@ def progressive(w, g):
 def per_channel(w):
     w = flushed(w)
     low, high = spread(w)
-    s = np.where(high - low < TINY, F(1), (high - low) / F(15))
+    with np.errstate(over="ignore"):
+        span = np.minimum(high - low, np.finfo(F).max)
+    s = np.where(span < TINY, F(1), span / F(15))
     inv = F(1) / s
     z = np.clip(np.round(-low * inv), 0, 15).astype(F)
     return np.clip(np.round(w * inv + z), 0, 15), s[:, 0], (z * s)[:, 0]
@@ -79,6 +81,7 @@ def weights(kind):
         "outlier": lambda: normal * np.where(rng.random((64, 512)) < 0.002, F(1e3), F(1)),
         "zero": lambda: normal * (np.arange(64)[:, None] % 2).astype(F),
         "1e30": lambda: normal * F(1e30),
+        "3e38": lambda: np.sign(normal) * np.linspace(1.6e38, 3.4e38, 64, dtype=F)[:, None],
         "1e-30": lambda: normal * F(1e-30),
         "1e-37": lambda: normal * F(1e-37),
         "2**-119": lambda: normal / np.abs(normal).max(-1, keepdims=True) * edge,
@@ -91,7 +94,7 @@ def weights(kind):
 
 KINDS = [
     *("normal", "heavy tailed", "bfloat16 grid", "integer grid", "constant", "positive"),
-    *("negative", "outlier", "zero", "1e30", "1e-30", "1e-37", "2**-119", "just below"),
+    *("negative", "outlier", "zero", "1e30", "3e38", "1e-30", "1e-37", "2**-119", "just below"),
     *("just above", "subnormal"),
 ]
 SCHEMES = {
@@ -182,6 +185,14 @@ def test_per_channel_error_is_half_a_step_and_one_step_where_clipped():
     assert error.max() <= 1.00001
 
 
+def test_per_channel_stays_finite_where_the_range_is_beyond_float32():
+    for w in (weights("3e38"), np.array([[-1, 1], [-1, 0], [0, 1]], F) * np.finfo(F).max):
+        codes, scale, zero = map(np.asarray, numerics.quantize_per_channel(jnp.asarray(w)))
+        value = codes * scale[:, None] - zero[:, None]
+        assert np.isfinite(value).all() and codes.max() == 15
+        assert ((value == 0) | (np.sign(value) == np.sign(w))).all()
+
+
 def kv(x, bits):
     """Codes, scale, centre; fp16 conversions round to nearest even, saturating at 65504."""
     top, half = F(2**bits - 1), F(2 ** (bits - 1))
@@ -250,11 +261,11 @@ def test_kv_constants_come_back_to_fp16_rounding_and_zero_exactly(bits):
     assert (numerics.dequantize_kv(*numerics.quantize_kv(zero, bits), bits) == 0).all()
 
 
-def test_fake_quantize_kv_keeps_the_dtype_and_16_bits_the_values(rng):
+def test_fake_quantize_kv_is_float32_and_16_bits_keep_the_values(rng):
     x = jnp.asarray(rng.standard_normal((3, 64)), jnp.bfloat16)
-    expected = numerics.dequantize_kv(*numerics.quantize_kv(x, 4), 4).astype(jnp.bfloat16)
+    expected = numerics.dequantize_kv(*numerics.quantize_kv(x, 4), 4)
     assert_equal([numerics.fake_quantize_kv(x, 4)], [expected])
-    assert numerics.fake_quantize_kv(x, 4).dtype == jnp.bfloat16
+    assert numerics.fake_quantize_kv(x, 4).dtype == jnp.float32
     assert numerics.fake_quantize_kv(x, 16) is x
 
 

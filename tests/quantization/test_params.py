@@ -14,6 +14,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qserve_jax.quantization import (
+    FLAX_RULES,
+    MAXTEXT_RULES,
     QuantConfig,
     Rule,
     W4PerChannel,
@@ -29,6 +31,7 @@ from qserve_jax.quantization.qtensor import is_quantized, nbytes
 
 G128, PER_CHANNEL = QuantConfig(), QuantConfig(group_size=-1)
 W8 = QuantConfig(weight_bits=8)
+PRESET: Any = "w4a8kv4"  # a name where a QuantConfig belongs
 W16 = QuantConfig(weight_bits=16, act_bits=16)
 
 
@@ -215,6 +218,121 @@ def test_nnx_state_keeps_its_structure_and_merges():
     )
 
 
+def assert_matrices(quantized, params, order):
+    """Containers hold what the [K, N] matrices of `params` give, axes as in `order` by name.
+
+    order: by the name of the kernel's parent, the transpose to [*stack, *in, *out], how many axes
+    are "in" and how many "out".
+    """
+    for name, (axes, ins, outs) in order.items():
+        w = jnp.transpose(params[name]["kernel"], axes)
+        stack, rest = w.shape[: w.ndim - ins - outs], w.shape[w.ndim - ins - outs :]
+        k = int(np.prod(rest[:ins]))
+        matrix = w.reshape(*stack, k, -1)
+        assert_same(quantized[name]["kernel"], quantize_kernel(matrix, PER_CHANNEL))
+        np.testing.assert_array_equal(
+            jnp.transpose(dequantize_kernel(quantized[name]["kernel"]), axes).reshape(matrix.shape),
+            dequantize_kernel(quantize_kernel(matrix, PER_CHANNEL)),
+        )
+        back = dequantize_kernel(quantized[name]["kernel"])
+        assert back.shape == params[name]["kernel"].shape
+
+
+HEADS = {name: ((0, 1, 2), 1, 2) for name in ("query", "key", "value")}
+FLAX = HEADS | {"out": ((0, 1, 2), 2, 1)}
+
+
+def linen_attention():
+    module = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=16)
+    return module.init(jax.random.key(0), jnp.ones((1, 3, 32)))["params"]
+
+
+def nnx_attention():
+    module = nnx.MultiHeadAttention(2, 32, 16, decode=False, rngs=nnx.Rngs(0))
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+
+@pytest.mark.parametrize("make", [linen_attention, nnx_attention])
+def test_flax_rules_on_attention(make):
+    params: Any = make()
+    quantized = quantize_params(params, PER_CHANNEL, rules=FLAX_RULES, strict=True)
+    assert_matrices(quantized, params, FLAX)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), {"block": {"attention": params}})
+    quantized = quantize_params(stacked, PER_CHANNEL, rules=FLAX_RULES, strict=True)
+    first = take(quantized["block"]["attention"], 0)
+    assert_matrices(first, params, FLAX)
+
+
+def test_flax_rules_leave_the_rest_to_the_default(rng):
+    params = {"query": {"kernel": normal(rng, 128, 4)}, "up": {"kernel": normal(rng, 3, 128, 4)}}
+    quantized = quantize_params(params, PER_CHANNEL, rules=FLAX_RULES, strict=True)
+    for name in params:
+        assert_same(quantized[name]["kernel"], quantize_kernel(params[name]["kernel"], PER_CHANNEL))
+
+
+def test_maxtext_rules(rng):
+    """Layers scanned on axis 1, unscanned layers, and kernels outside the layers."""
+    scanned = {
+        "query": {"kernel": normal(rng, 32, 3, 2, 8)},
+        "key": {"kernel": normal(rng, 32, 3, 1, 8)},
+        "value": {"kernel": normal(rng, 32, 3, 1, 8)},
+        "out": {"kernel": normal(rng, 2, 3, 8, 32)},
+        "wi_0": {"kernel": normal(rng, 32, 3, 48)},
+        "wo": {"kernel": normal(rng, 48, 3, 32)},
+    }
+    order = {name: ((1, 0, 2, 3), 1, 2) for name in ("query", "key", "value")}
+    order |= {"out": ((1, 0, 2, 3), 2, 1), "wi_0": ((1, 0, 2), 1, 1), "wo": ((1, 0, 2), 1, 1)}
+    params = {"decoder": {"layers": scanned, "logits_dense": {"kernel": normal(rng, 32, 10)}}}
+    quantized = quantize_params(params, PER_CHANNEL, rules=MAXTEXT_RULES, strict=True)["decoder"]
+    assert_matrices(quantized["layers"], scanned, order)
+    assert_matrices(quantized, params["decoder"], {"logits_dense": ((0, 1), 1, 1)})
+    layer = {name: {"kernel": part["kernel"][:, 1]} for name, part in scanned.items()}
+    quantized = quantize_params(layer, PER_CHANNEL, rules=MAXTEXT_RULES, strict=True)
+    assert_matrices(quantized, layer, FLAX | {name: ((0, 1), 1, 1) for name in ("wi_0", "wo")})
+
+
+@pytest.mark.parametrize("config", [PER_CHANNEL, W8], ids=["channel", "w8"])
+def test_default_rules_doubt_heads_on_axes_of_their_own(config, rng):
+    params: Any = {name: {"kernel": normal(rng, 4, 6, 8)} for name in FLAX}
+    params["up"] = {"kernel": normal(rng, 4, 6, 8)}
+    params["odd"] = {
+        "query": {"kernel": normal(rng, 4, 7, 8)},
+        "out": {"kernel": normal(rng, 4, 8)},
+    }
+    with pytest.warns(UserWarning) as caught:
+        quantize_params(params, config)
+    message = str(caught[0].message)
+    assert len(caught) == 1 and message.startswith("5 leaves")
+    assert message.count("3 axes taken as a stack of [K, N]: pass rules=FLAX_RULES") == 5
+    assert "odd/query/kernel" in message and "odd/out" not in message and "up" not in message
+    with pytest.raises(ValueError, match="MAXTEXT_RULES, or a Rule") as refused:
+        quantize_params(params, config, strict=True)
+    assert "\n" not in str(refused.value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize_params(params, W8, rules=[Rule("kernel$")], strict=True)
+
+
+def test_warnings_under_transformations_point_at_the_caller(rng):
+    for call in (  # shapes differ, because a trace that is kept does not warn again
+        lambda: jax.jit(quantize_params)({"kernel": normal(rng, 64, 5)}),
+        lambda: jax.eval_shape(quantize_params, {"kernel": normal(rng, 64, 6)}),
+        lambda: jax.vmap(quantize_params)({"kernel": normal(rng, 2, 64, 7)}),
+    ):
+        with pytest.warns(UserWarning, match="K=64") as caught:
+            call()
+        assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize("config", [G128, PER_CHANNEL, W8], ids=["g128", "channel", "w8"])
+@pytest.mark.parametrize("shape", [(128, 0), (0, 128, 4)])
+def test_empty_outputs_and_stacks(shape, config):
+    w = jnp.ones(shape)
+    quantized = quantize_params({"kernel": w}, config)["kernel"]
+    assert quantized.channel_scale.shape == (*shape[:-2], shape[-1])
+    assert dequantize_kernel(quantized).shape == shape
+
+
 def test_path_names_of_every_kind_of_key():
     tree = jax.tree_util
     keys = (tree.DictKey("a"), tree.SequenceKey(2), tree.GetAttrKey("kernel"))
@@ -262,6 +380,9 @@ def test_nothing_is_warned_where_all_goes_as_asked(rng):
         (lambda w: quantize_params({"w": w}, rules=[Rule("w", (-3,))]), r"\(128, 4\).*\(-3,\)"),
         (lambda w: quantize_params({"w": w}, rules=[Rule("w", (-1,))]), "distinct axes"),
         (lambda w: quantize_params({"w": w}, rules=[Rule("w", (0, -2), ())]), "distinct axes"),
+        (lambda w: quantize_params({"kernel": w}, PRESET), r"'w4a8kv4' .* QuantConfig\.preset"),
+        (lambda w: quantize_params({"a": {"kernel": w[:0]}}), "'a/kernel' of shape .* K=0 inputs"),
+        (lambda w: quantize_params({"kernel": w[:0]}, W8), "'kernel' of shape .* K=0 inputs"),
         (lambda w: quantize_kernel(w[:64]), "K=64 is not a multiple of group_size=128"),
         (lambda w: quantize_kernel(w[:7], PER_CHANNEL), "K=7 is odd"),
         (lambda w: quantize_kernel(w, W16), "weight_bits=16"),

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from qserve_jax.quantization import (
+    FLAX_RULES,
+    MAXTEXT_RULES,
     QuantConfig,
     Rule,
     quantization_report,
@@ -68,6 +70,11 @@ def test_rows_say_how_and_why():
         "embed/embedding": ("float", "no rule matches"),
         "norm/kernel": ("float", "1 axes, fewer than the rule needs"),
     }
+    axes = {path: row.axes for path, row in rows.items() if row.axes}
+    assert axes == {
+        "layers/q_proj/kernel": "stack 2 · K 256 · N 64",
+        "layers/down_proj/kernel": "stack 2 · K 172 · N 64",
+    }
     q_proj = rows["layers/q_proj/kernel"]
     assert (q_proj.shape, q_proj.bytes_before) == ((2, 256, 64), 2 * 256 * 64 * 2)
     # codes, channel scales, group scales and offsets
@@ -79,14 +86,31 @@ def test_table_is_aligned_and_complete():
     title, header, *lines = str(report).splitlines()
     assert title == "w4a8kv4, group_size 128: 2 of 7 leaves quantised"
     assert len(lines) == len(report.rows) + 2  # two totals
-    scheme = header.index("scheme")
+    axes, scheme = header.index("axes"), header.index("scheme")
     for row, line in zip(report.rows, lines, strict=False):
-        assert line.startswith(row.path) and line[scheme:].startswith(row.scheme)
+        assert line.startswith(row.path) and line[axes:].startswith(row.axes)
+        assert line[scheme:].startswith(row.scheme)
         assert line.endswith(row.reason) and f"{row.bytes_after:,}" in line
     total, quantised = lines[-2:]
     assert f"{report.bytes_before:,}" in total and f"{report.bytes_after:,}" in total
     before = sum(row.bytes_before for row in report.rows if row.changed)
     assert f"{before:,}" in quantised
+
+
+def test_axes_are_those_of_the_rule():
+    out = {"out": {"kernel": jax.ShapeDtypeStruct((2, 5, 64, 6), jnp.float32)}}
+    maxtext, flax = (quantization_report(out, rules=r).rows[0] for r in (MAXTEXT_RULES, FLAX_RULES))
+    assert maxtext.axes == "stack 5 · K 2x64 · N 6"
+    assert flax.axes == "stack 2 · K 5x64 · N 6"
+    row = quantization_report({"w": jnp.ones((8, 128))}, rules=[Rule("w", (-1,), (-2,))]).rows[0]
+    assert row.axes == "K 128 · N 8"
+
+
+def test_a_doubtful_leaf_says_so():
+    query = {"query": {"kernel": jax.ShapeDtypeStruct((256, 2, 64), jnp.float32)}}
+    row = quantization_report(query, QuantConfig(group_size=-1)).rows[0]
+    assert row.axes == "stack 256 · K 2 · N 64"
+    assert row.reason.startswith("3 axes taken as a stack of [K, N]: pass rules=FLAX_RULES")
 
 
 def test_to_dict_goes_through_json():

@@ -77,8 +77,9 @@ def prefilled(params):
     """(pages after the prompts, as numpy; the state with the first tokens)."""
     run = jax.jit(prefill_and_sample, static_argnums=0, static_argnames="features")
     state = start_state()
-    cache, first = run(MODEL, params, empty_cache(), jnp.asarray(PROMPTS), state, features=FEATURES)
-    return np.asarray(cache.pages), advance(state, first.tokens, state.remaining > 0), first
+    prompts = jnp.asarray(PROMPTS)
+    cache, state, first = run(MODEL, params, empty_cache(), prompts, state, features=FEATURES)
+    return np.asarray(cache.pages), state, first
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +122,22 @@ def test_prefill_and_sample_is_both(params, prefilled):
         (first.top_logprobs, out.top_logprobs),
     ):
         np.testing.assert_allclose(np.asarray(actual)[::2], np.asarray(expected)[::2], rtol=1e-5)
-    np.testing.assert_array_equal(state.context_lens, LENS + [1, 0, 1])
+    np.testing.assert_array_equal(state.context_lens, LENS)
+    np.testing.assert_array_equal(state.tokens[::2], first.tokens[::2])
     np.testing.assert_array_equal(state.remaining, [19, 0, 19])
     assert pages.any()
     assert (pages != np.asarray(cache.pages)).mean() < 1e-4  # other programs, same codes
+
+
+def test_a_first_token_can_end_a_row(prefilled):
+    _, _, first = prefilled
+    for change in (
+        {"stop_ids": jnp.asarray([[-1, first.tokens[0]], [-1, -1], [-1, -1]])},
+        {"remaining": jnp.asarray([1, 0, 20])},
+    ):
+        before = dataclasses.replace(start_state(), **change)
+        after = advance(before, first.tokens, before.remaining > 0, appended=0)
+        np.testing.assert_array_equal(after.remaining, [0, 0, 19])
 
 
 def step_by_hand(params, cache, state):
@@ -134,7 +147,7 @@ def step_by_hand(params, cache, state):
         MODEL, params, cache, state.tokens, state.block_table, lens, rope_lens=state.rope_lens
     )
     out = sample(logits, state.sampling, FEATURES, lens, state.counts)
-    return cache, advance(state, out.tokens, active), out
+    return cache, advance(state, out.tokens, active, appended=1), out
 
 
 def test_loop_is_steps_by_hand(run, params, prefilled):
@@ -183,7 +196,7 @@ def test_remaining(run, free_run):
     _, state, out, made = run(remaining=[3, 0, 5])
     np.testing.assert_array_equal(made, [3, 0, 5])
     np.testing.assert_array_equal(state.remaining, 0)
-    np.testing.assert_array_equal(state.context_lens, LENS + [1 + 3, 0, 1 + 5])
+    np.testing.assert_array_equal(state.context_lens, LENS + [3, 0, 5])
     np.testing.assert_array_equal(out.tokens[0], [*free_run[0, :3], *[-1] * 5])
     np.testing.assert_array_equal(out.tokens[2], [*free_run[2, :5], *[-1] * 3])
 

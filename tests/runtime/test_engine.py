@@ -1,5 +1,7 @@
 """LLM: batches, streams, stops and refusals, on the embedded demo model."""
 
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -54,11 +56,84 @@ def test_a_small_pool_serves_all_in_turn(exact, greedy):
     assert small.pool.free_pages == 2
 
 
-def test_another_length_in_the_same_bucket_compiles_nothing(llm, greedy):
-    llm.generate("One day", SamplingParams(max_tokens=20))
-    compiled = llm._prefill._cache_size(), llm._decode._cache_size()
-    llm.generate("One day a big brown dog", SamplingParams(max_tokens=11))
-    assert (llm._prefill._cache_size(), llm._decode._cache_size()) == compiled
+def compiled(llm) -> tuple[int, int]:
+    """Programs compiled so far, of all LLMs: they share them."""
+    return llm._prefill._cache_size(), llm._decode._cache_size()
+
+
+def test_another_length_in_the_same_bucket_compiles_nothing(exact):
+    llm = LLM(exact, max_model_len=1024, num_pages=32)
+    llm.generate([[5] * 150], SamplingParams(max_tokens=120))
+    before = compiled(llm)
+    llm.generate([[7] * 250], SamplingParams(max_tokens=200))  # 5 and 8 pages, one bucket
+    assert compiled(llm) == before
+
+
+def test_a_batch_that_drains_compiles_little(exact):
+    """Eight rows end one by one: programs for 8 and 2 rows, whatever each of them samples."""
+    llm = LLM(exact, max_model_len=256, num_pages=64)
+    params = [SamplingParams(max_tokens=4 + 3 * i) for i in range(7)]
+    params += [SamplingParams(max_tokens=30, temperature=1.0, top_k=5, logprobs=2)]
+    before = compiled(llm)
+    llm.generate([PROMPTS[0]] * 8, params)
+    prefill, decode = (now - then for now, then in zip(compiled(llm), before, strict=True))
+    assert prefill == 1 and decode <= 2
+
+
+def test_a_run_waits_for_no_one_who_cannot_come(exact):
+    """A stream that is open holds its pages: another run says so instead of waiting for ever."""
+    llm = LLM(exact, max_model_len=64, num_pages=2, page_size=32)
+    stream = llm.stream(PROMPTS[0], SamplingParams(max_tokens=40, ignore_eos=True))
+    next(stream)
+    message = "a prompt needs 2 pages and 0 of 2 are free, the others held by streams"
+    with pytest.raises(RuntimeError, match=message):
+        llm.generate(PROMPTS[1], SamplingParams(max_tokens=40))
+    stream.close()
+    assert llm.generate(PROMPTS[1], SamplingParams(max_tokens=40))[0].token_ids
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupted_call_leaves_a_working_llm(exact, monkeypatch, when):
+    llm = LLM(exact, max_model_len=64, num_pages=4)
+    params = SamplingParams(max_tokens=12)
+    expected = llm.generate(PROMPTS[0], params)[0].token_ids
+    other = llm.stream(PROMPTS[1], params)
+    next(other)
+    decode = llm._decode
+
+    def interrupted(*args, **kwargs):
+        if when == "after":
+            decode(*args, **kwargs)  # the cache has been given away
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm, "_decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS[0], params)
+    monkeypatch.undo()
+    if when == "after":
+        with pytest.raises(RuntimeError, match="the cache was lost to a call that was interrupted"):
+            list(other)
+    other.close()
+    assert llm.pool.free_pages == llm.pool.num_pages
+    assert llm.generate(PROMPTS[0], params)[0].token_ids == expected
+
+
+def test_logits_that_are_not_finite_are_an_error(exact):
+    params = jax.tree.map(lambda x: x, exact.params)
+    params["final_norm"] = {"scale": jnp.full_like(params["final_norm"]["scale"], 1e38)}
+    broken = LLM(dataclasses.replace(exact, params=params), max_model_len=64, num_pages=4)
+    message = "prompt 0: the model's logits at token 0 are not finite in float32: use dtype"
+    with pytest.raises(RuntimeError, match=message):
+        broken.generate([[5, 6]] * 2, SamplingParams(max_tokens=3))
+    assert broken.pool.free_pages == broken.pool.num_pages
+
+
+def test_threads_take_turns(llm, greedy):
+    params = SamplingParams(max_tokens=24)
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(lambda p: llm.generate(p, params)[0], PROMPTS * 3))
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in greedy] * 3
+    assert llm.pool.free_pages == llm.pool.num_pages
 
 
 def test_pieces_of_a_stream_are_the_text(llm, greedy):
@@ -197,6 +272,11 @@ def test_chat_messages_go_through_the_template(llm, monkeypatch):
         ([[1] * 300], {}, "prompt has 300 tokens but the context holds 256: at most 255 leave"),
         ([["a"]], {}, "prompt holds 'a': a list prompt must be token ids or messages"),
         ([[{"role": "user", "content": "x"}]], {}, "the tokenizer has no chat template"),
+        ({"prompt_token_ids": [3, 4]}, {}, "must be text, token ids or chat messages"),
+        (b"hello", {}, "prompt b'hello' must be text, token ids or chat messages"),
+        (None, {}, "prompt None must be text, token ids or chat messages"),
+        ([5, "a"], {}, "prompt holds 'a'"),
+        ([[5], None], {}, "prompt None must be text, token ids or chat messages"),
         ([[5]], {"stop_token_ids": [4000]}, "stop_token_ids has token id 4000"),
     ],
 )
@@ -210,10 +290,14 @@ def test_bad_requests_are_refused_in_one_line(llm, prompts, params, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_model_len": 5000}, "max_model_len=5000 must be in 2..1024"),
-        ({"num_pages": -1}, "num_pages=-1 must be at least 1"),
-        ({"page_size": 0}, "page_size=0 must be at least 1"),
-        ({"max_num_seqs": 0}, "max_num_seqs=0 must be at least 1"),
+        ({"max_model_len": 5000}, "max_model_len=5000 must be an integer in 2..1024"),
+        ({"num_pages": -1}, "num_pages=-1 must be an integer of at least 1"),
+        ({"page_size": 0}, "page_size=0 must be an integer in 1..4096"),
+        ({"max_num_seqs": 0}, "max_num_seqs=0 must be an integer of at least 1"),
+        ({"num_pages": 0}, "num_pages=0 must be an integer of at least 1"),
+        ({"page_size": 2.5}, "page_size=2.5 must be an integer in 1..4096"),
+        ({"max_num_seqs": "4"}, "max_num_seqs='4' must be an integer of at least 1"),
+        ({"seed": "x"}, "seed='x' must be an integer in 0..18446744073709551615"),
         ({"attends": "half"}, "attends='half' is unknown: use one of ('full', 'quantized')"),
     ],
 )
@@ -234,3 +318,16 @@ def test_w4a8kv4_tells_a_story(attends):
     llm = LLM(DEMO, max_model_len=128, num_pages=8, attends=attends)
     output = llm.generate("Once upon a time", SamplingParams(max_tokens=40))[0]
     assert output.text.startswith(", there was a little girl named Lily. She loved to play")
+
+
+def test_an_array_of_ids_is_a_prompt(llm):
+    params = SamplingParams(max_tokens=3)
+    expected = llm.generate([5, 6, 7], params)[0].token_ids
+    for prompt in (np.array([5, 6, 7]), jnp.array([5, 6, 7]), np.array([[5, 6, 7]])):
+        assert llm.generate(prompt, params)[0].token_ids == expected
+
+
+def test_a_loaded_model_takes_the_backend_it_is_given(exact):
+    llm = LLM(exact, num_pages=4, backend="mosaic_sm90")
+    with pytest.raises(NotImplementedError, match="mosaic_sm90"):
+        llm.generate([5, 6], SamplingParams(max_tokens=2))

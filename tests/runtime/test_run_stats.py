@@ -1,16 +1,19 @@
 """The time that JAX compiles, told from the rest, and the line of statistics."""
 
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qserve_jax.quantization import QuantConfig
 from qserve_jax.runtime import compile_time as compile_time_module
 from qserve_jax.runtime.compile_time import CompileTime, clock
 from qserve_jax.runtime.engine import attended_tokens
-from qserve_jax.runtime.run_stats import format_stats
+from qserve_jax.runtime.run_stats import format_stats, weight_format
 
 TRACE = "/jax/core/compile/jaxpr_trace_duration"
 
@@ -94,6 +97,20 @@ def test_stats_line_of_a_small_model_that_made_one_token(stats):
     line = format_stats(stats | nothing | small)
     assert "compile 21.4 s · " in line and "weights 1.5 MiB" in line
     assert "generation 1 tok · " in line and line.endswith("peak 6.9 GiB")
+
+
+def test_stats_line_of_a_tiny_model(stats):
+    line = format_stats(stats | {"weight_bytes": 9 * 2**9, "decode_bytes_per_second": 2.5e6})
+    assert "weights 4.5 KiB" in line and line.endswith("2.50 MB/s on GPU")
+    line = format_stats(stats | {"decode_bytes_per_second": 3.1e8})
+    assert line.endswith("0.31 GB/s on GPU")
+
+
+@pytest.mark.parametrize(("dtype", "weights"), [("float32", "W32A32"), ("bfloat16", "W16A16")])
+def test_weight_format_of_floats_is_their_dtype(dtype, weights):
+    params = {"embed": {"embedding": jnp.zeros((2, 2), dtype)}}
+    llm: Any = SimpleNamespace(params=params, quant_config=QuantConfig.preset("w16a16kv16"))
+    assert weight_format(llm) == weights
 
 
 def test_stats_line_of_a_fast_device(stats):

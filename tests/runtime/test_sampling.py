@@ -204,7 +204,7 @@ def test_greedy_takes_the_lowest_id_on_ties_and_counts_the_bias():
     assert features == SamplingFeatures(bias=True)
     result = sample(logits, state, features, jnp.zeros(3, jnp.int32))
     assert result.tokens.tolist() == [5, 0, 8] and result.tokens.dtype == jnp.int32
-    assert result[1:] == (None, None, None)
+    assert result.finite.tolist() == [True] * 3 and result[2:] == (None, None, None)
 
 
 def test_greedy_rows_stay_greedy_in_a_mixed_batch():

@@ -31,8 +31,9 @@ def test_values_at_the_limits_are_allowed():
 
 
 BAD = [
-    ("n", 0, ">= 1"),
-    ("n", True, ">= 1"),
+    ("n", 0, "[1, 16384]"),
+    ("n", True, "[1, 16384]"),
+    ("n", 16385, "[1, 16384]"),
     ("max_tokens", 0, ">= 1"),
     ("max_tokens", -5, ">= 1"),
     ("max_tokens", 2.5, ">= 1"),
@@ -41,6 +42,7 @@ BAD = [
     ("temperature", math.nan, "finite"),
     ("temperature", math.inf, "finite"),
     ("temperature", 1e39, "finite"),
+    ("temperature", 10**400, "finite"),  # no float holds it
     ("temperature", "1", "finite"),
     ("top_p", 0, "(0, 1]"),
     ("top_p", 1.0001, "(0, 1]"),
@@ -59,6 +61,11 @@ BAD = [
     ("seed", 1.0, "2**64"),
     ("logprobs", -1, "[0, 20]"),
     ("logprobs", 21, "[0, 20]"),
+    ("ignore_eos", "no", "True or False"),
+    ("include_stop_str_in_output", 1, "True or False"),
+    ("skip_special_tokens", None, "True or False"),
+    ("stop", 5, "strings"),
+    ("stop", "a\udcff", "UTF-8"),
     ("stop", "", "non-empty"),
     ("stop", ["a", ""], "non-empty"),
     ("stop", ["a", 3], "non-empty"),

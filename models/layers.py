@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from qserve_jax.pallas_kernels import quantized_matmul
+from qserve_jax.pallas_kernels.w4a8_matmul import from_kernel_layout, take_layer
 from qserve_jax.quantization.numerics import quantize_activation
 from qserve_jax.quantization.packing import dequantize_weight
 from qserve_jax.quantization.qtensor import Array, Int8Activation, is_quantized
@@ -46,9 +47,7 @@ def linear(
     if isinstance(x, Int8Activation):
         return quantized_matmul(x, kernel, bias=bias, layer=layer, out_dtype=dtype, backend=backend)
     if is_quantized(kernel):
-        if layer is not None:
-            kernel = jax.tree.map(lambda leaf: leaf[layer], kernel)
-        kernel = dequantize_weight(kernel).T
+        kernel = dequantize_weight(from_kernel_layout(take_layer(kernel, layer))).T
     y = jnp.dot(x, kernel.astype(dtype), precision="highest", preferred_element_type=jnp.float32)
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype)
 

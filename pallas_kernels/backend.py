@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from jax.core import Tracer
 
 BACKENDS = ("mosaic_sm90", "mosaic_mma", "reference")
@@ -31,6 +32,34 @@ def resolve(backend: str | None) -> tuple[str, ...]:
         source = "backend" if backend else ENVIRONMENT_VARIABLE
         raise ValueError(f"{source}={name!r} is unknown: use auto or one of {', '.join(BACKENDS)}")
     return (name,)
+
+
+OPT_IN = ("mosaic_sm90",)
+"""Backends that run only where they are named: this one has no kernel for prefill yet."""
+
+
+def unavailable(name: str) -> str | None:
+    """Why no kernel of this backend can run where JAX computes by default; None where it can."""
+    if name != "mosaic_sm90":
+        return None
+    device = jax.config.jax_default_device or jax.default_backend()
+    platform = getattr(device, "platform", device)
+    if platform != "gpu":
+        return f"mosaic_sm90 needs an NVIDIA Hopper GPU, but JAX computes on {platform}"
+    capability = str(getattr(jax.devices("gpu")[0], "compute_capability", "unknown"))
+    if capability != "9.0":
+        return f"mosaic_sm90 needs compute capability 9.0 (Hopper), this GPU has {capability}"
+    return None
+
+
+def usable(backend: str | None) -> tuple[str, ...]:
+    """`resolve(backend)`, without those of OPT_IN where nobody named one.
+
+    A backend that is named, by argument or environment, is not checked against the device, so that
+    it can be lowered for another machine.
+    """
+    names = resolve(backend)
+    return names if len(names) == 1 else tuple(name for name in names if name not in OPT_IN)
 
 
 def dispatch(

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qserve_jax.pallas_kernels.backend import resolve
+from qserve_jax.pallas_kernels.backend import usable
+from qserve_jax.pallas_kernels.w4a8_matmul.layout import fits, to_kernel_layout
 from qserve_jax.quantization.qtensor import is_quantized
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -46,14 +47,15 @@ def prepare_for_backend(
 
     params: a canonical tree (docs/architecture.md), float or quantised. Models accept both trees
     and give the same integers. Projections quantised in different ways are left apart.
-    backend: the one it will run on; all of them read this form so far.
+    backend: the one it will run on. For mosaic_sm90, where it is named, 4-bit kernels are also
+      packed (`layout.to_kernel_layout`), shapes permitting.
     in_place: turn `params` itself, plain dicts, into the fused tree and return it. Parts are
       dropped once they are fused, so that besides the result only the parts of one projection are
       in memory; otherwise all parts stay, as long as the caller keeps `params`.
 
     Raises ValueError on an unknown backend, and in place where params["layers"] is no dict.
     """
-    resolve(backend)
+    pack = "mosaic_sm90" in usable(backend)
     layers = params["layers"]
     if in_place and not isinstance(layers, dict):
         raise ValueError(
@@ -63,6 +65,8 @@ def prepare_for_backend(
     for fused, names in FUSED.items():
         if all(name in layers for name in names) and _fusable([layers[name] for name in names]):
             layers[fused] = _fuse([layers.pop(name) for name in names])
+    for name in [name for name in layers if pack and fits(layers[name].get("kernel"))]:
+        layers[name] = {**layers[name], "kernel": _pack(layers[name]["kernel"])}
     return params if in_place else {**params, "layers": layers}
 
 
@@ -70,3 +74,8 @@ def _fuse(parts: list[dict]) -> dict:
     """One projection of several. Waits for it: until then the runtime holds the parts."""
     fused = {key: concatenate_out([part[key] for part in parts]) for key in parts[0]}
     return jax.block_until_ready(fused)
+
+
+def _pack(w: Any) -> Any:
+    """A stacked container in the kernel's layout; layer by layer, for the memory it takes."""
+    return jax.block_until_ready(jax.jit(lambda w: jax.lax.map(to_kernel_layout, w))(w))

@@ -275,7 +275,8 @@ def _check_backend(backend: str) -> None:
     from qserve_jax.pallas_kernels.paged_attention.api import ATTENTION_BACKENDS
     from qserve_jax.pallas_kernels.w4a8_matmul.api import W4A8_BACKENDS
 
-    there = ("auto", *(W4A8_BACKENDS | ATTENTION_BACKENDS | APPEND_BACKENDS))
+    everywhere = W4A8_BACKENDS.keys() & ATTENTION_BACKENDS.keys() & APPEND_BACKENDS.keys()
+    there = ("auto", *sorted(everywhere))
     if backend not in there:
         raise UsageError(f"--backend {backend} is not in this version: use {' or '.join(there)}")
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from qserve_jax.pallas_kernels.backend import check_layer, dispatch
+from qserve_jax.pallas_kernels.backend import check_layer, dispatch, usable
 from qserve_jax.pallas_kernels.w4a8_matmul import reference
+from qserve_jax.pallas_kernels.w4a8_matmul.layout import (
+    LAYOUT,
+    from_kernel_layout,
+    take_layer,
+    weight_shape,
+)
 from qserve_jax.quantization.qtensor import (
     Array,
     Int8Activation,
@@ -16,7 +24,29 @@ from qserve_jax.quantization.qtensor import (
     W8PerChannel,
 )
 
-W4A8_BACKENDS = {"reference": reference.matmul}
+
+def _reference(
+    x: Int8Activation,
+    w: W4PerGroup | W4PerChannel,
+    *,
+    layer: Array | int | None,
+    **kwargs: Any,
+) -> Array:
+    """The reference for either layout: of a packed weight it unpacks the one layer."""
+    if w.layout != LAYOUT:
+        return reference.matmul(x, w, layer=layer, **kwargs)
+    w = from_kernel_layout(take_layer(w, layer))
+    return reference.matmul(x, w, layer=None, **kwargs)
+
+
+def _mosaic_sm90(*args: Any, **kwargs: Any) -> Array:
+    """Imported when it is asked for: what it stands on is JAX's for GPUs."""
+    from qserve_jax.pallas_kernels.w4a8_matmul import mosaic_sm90
+
+    return mosaic_sm90.matmul(*args, **kwargs)
+
+
+W4A8_BACKENDS = {"mosaic_sm90": _mosaic_sm90, "reference": _reference}
 W8A8_BACKENDS = {"reference": reference.matmul}  # XLA's own int8 dot is already the fast path
 
 
@@ -28,21 +58,23 @@ def _check(
     layer: Array | int | None,
 ) -> None:
     eight_bits = isinstance(w, W8PerChannel)
+    packed = not eight_bits and w.layout == LAYOUT
+    w_dtype = jnp.int8 if eight_bits else jnp.int32 if packed else jnp.uint8
     for name, codes, dtype in (
         ("x", x.codes, jnp.int8),
-        ("weight", w.codes, jnp.int8 if eight_bits else jnp.uint8),
+        ("weight", w.codes, w_dtype),
     ):
         if codes.dtype != dtype:
             needs = jnp.dtype(dtype).name
             raise ValueError(f"{name} codes are {codes.dtype} but must be {needs}: quantise first")
     k = x.codes.shape[-1]
-    k_weight = w.codes.shape[-1] * (1 if eight_bits else 2)
+    n, k_weight = weight_shape(w)
     if k != k_weight:
         raise ValueError(f"x has {k=} but weight has K={k_weight}")
-    if w.codes.ndim not in (2, 3):
+    rank = w.codes.ndim - packed
+    if rank not in (2, 3):
         raise ValueError(f"weight codes have shape {w.codes.shape}: need [N, K] or [L, N, K]")
-    check_layer(layer, "weight codes", w.codes.shape, w.codes.ndim == 3)
-    n = w.codes.shape[-2]
+    check_layer(layer, "weight codes", w.codes.shape, rank == 3)
     for name, array, shape in (
         ("bias", bias, (n,)),
         ("residual", residual, (*x.codes.shape[:-1], n)),
@@ -73,6 +105,7 @@ def quantized_matmul(
     """
     _check(x, w, bias, residual, layer)
     backends = W8A8_BACKENDS if isinstance(w, W8PerChannel) else W4A8_BACKENDS
+    backends = {name: backends[name] for name in usable(backend) if name in backends}
     return dispatch(
         "quantized_matmul",
         backends,

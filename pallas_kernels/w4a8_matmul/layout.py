@@ -1,0 +1,199 @@
+"""The weight layout "mma_sm90": what a warp of the small-M kernel reads, in the order it does.
+
+A block holds 16 output channels x 128 input features as 32-bit words: 256 words of codes and, per
+group, 8 words of scales, in one piece so that one copy brings both (1024 or 1056 bytes).
+
+  codes  word ((h * 32) + lane) * 4 + v, lane = 4 * g + c: in byte i the codes of feature
+         k = 32 c + 16 h + 4 v + i, channel g in the low nibble and channel g + 8 in the high one
+  scales word 256 + g, bytes from the lowest: scale and offset + 128 of channel g, then of g + 8
+
+so that lane (g, c) of a warp reads 16 bytes at a time and, with one mask or one shift and a mask,
+has registers of the tensor core's A fragment (mma m16n8k32: rows g and g + 8). Which feature is
+which k of the mma is free, as long as the activations agree: c, h and v, i are dealt so that the
+activations' side is also 16 bytes at a time, `activation_offset`.
+
+The formulas here take numpy integers, JAX arrays and the kernel's registers alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qserve_jax.quantization.packing import pack_nibbles, unpack_nibbles
+from qserve_jax.quantization.qtensor import (
+    Array,
+    QuantizedWeight,
+    W4PerChannel,
+    W4PerGroup,
+    W8PerChannel,
+)
+
+LAYOUT = "mma_sm90"
+ROWS, FEATURES = 16, 128  # of one block
+CODE_WORDS, SCALE_WORDS = 256, 8
+
+# The axes of a block's codes [t, hi, g, kc, c, h, v, i], in the order of the words; hi picks the
+# nibble. t and kc number the blocks along N and K.
+_TO_WORDS = (0, 3, 5, 2, 4, 6, 7, 1)
+_FROM_WORDS = tuple(_TO_WORDS.index(axis) for axis in range(8))
+
+
+def weight_shape(w: QuantizedWeight) -> tuple[int, int]:
+    """(N, K), in any layout."""
+    if not isinstance(w, W4PerGroup | W4PerChannel):
+        return w.codes.shape[-2], w.codes.shape[-1]
+    if w.layout == LAYOUT:
+        return ROWS * w.codes.shape[-3], FEATURES * w.codes.shape[-2]
+    return w.codes.shape[-2], 2 * w.codes.shape[-1]
+
+
+def fits(w: object) -> bool:
+    """Whether w is 4-bit, canonical, of N % 64 == 0 and K % 128 == 0, and in groups of 128."""
+    if not isinstance(w, W4PerGroup | W4PerChannel) or w.layout != "canonical":
+        return False
+    group = w.group_size if isinstance(w, W4PerGroup) else FEATURES
+    n, k = weight_shape(w)
+    return group == FEATURES and n % 64 == 0 and k % FEATURES == 0 and n * k > 0
+
+
+def take_layer[W: QuantizedWeight](w: W, layer: Array | int | None) -> W:
+    """One layer of a stacked container; the container itself where layer is None."""
+    return w if layer is None else jax.tree.map(lambda leaf: leaf[layer], w)
+
+
+@jax.jit
+def to_kernel_layout(w: W4PerGroup | W4PerChannel) -> W4PerGroup | W4PerChannel:
+    """A canonical container -> the same with `layout` "mma_sm90" and all static metadata.
+
+    codes u8[..., N, K/2] -> i32[..., N/16, K/128, 264 (per group) | 256 (per channel)]. Per group,
+    the scales and offsets lie in the same words, and their own arrays keep the stack axes only:
+    [..., 0, 0]. Channel scales and zeros stay as they are.
+
+    Raises ValueError on a container that does not fit.
+    """
+    if not fits(w):
+        raise ValueError(
+            f"{type(w).__name__} of [N, K] = {list(weight_shape(w))} and layout {w.layout!r} "
+            "cannot be packed: N must be a multiple of 64, K and groups of 128, layout canonical"
+        )
+    words = _code_words(unpack_nibbles(w.codes))
+    if isinstance(w, W4PerChannel):
+        return dataclasses.replace(w, codes=words, layout=LAYOUT)
+    scales = _scale_words(w.group_scale, w.group_offset)
+    none = (*w.codes.shape[:-2], 0, 0)
+    return dataclasses.replace(
+        w,
+        codes=jnp.concatenate([words, scales], axis=-1),
+        group_scale=jnp.zeros(none, jnp.uint8),
+        group_offset=jnp.zeros(none, jnp.int8),
+        layout=LAYOUT,
+    )
+
+
+@jax.jit
+def from_kernel_layout[W: QuantizedWeight](w: W) -> W:
+    """The inverse of `to_kernel_layout`, exactly. Other containers are returned as they are.
+
+    Raises ValueError on another layout.
+    """
+    if isinstance(w, W8PerChannel) or w.layout == "canonical":
+        return w
+    if w.layout != LAYOUT:
+        raise ValueError(f"layout {w.layout!r} is unknown: need 'canonical' or {LAYOUT!r}")
+    codes = pack_nibbles(_codes(w.codes[..., :CODE_WORDS]))
+    if isinstance(w, W4PerChannel):
+        return dataclasses.replace(w, codes=codes, layout="canonical")
+    scale, offset = _scales(w.codes[..., CODE_WORDS:])
+    return dataclasses.replace(
+        w, codes=codes, group_scale=scale, group_offset=offset, layout="canonical"
+    )
+
+
+def _block_axes(lead: int, order: tuple[int, ...]) -> tuple[int, ...]:
+    return (*range(lead), *(lead + axis for axis in order))
+
+
+def _code_words(codes: Array) -> Array:
+    """u8[..., N, K] -> i32[..., N/16, K/128, 256]."""
+    *lead, n, k = codes.shape
+    blocks = codes.reshape(*lead, n // ROWS, 2, 8, k // FEATURES, 4, 2, 4, 4)
+    blocks = blocks.transpose(_block_axes(len(lead), _TO_WORDS))
+    octets = blocks[..., 0] | (blocks[..., 1] << 4)
+    words = jax.lax.bitcast_convert_type(octets, jnp.int32)
+    return words.reshape(*lead, n // ROWS, k // FEATURES, CODE_WORDS)
+
+
+def _codes(words: Array) -> Array:
+    """The inverse of `_code_words`."""
+    *lead, t, kc, _ = words.shape
+    octets = jax.lax.bitcast_convert_type(words.reshape(*lead, t, kc, 2, 8, 4, 4), jnp.uint8)
+    blocks = jnp.stack([octets & 15, octets >> 4], axis=-1)
+    blocks = blocks.transpose(_block_axes(len(lead), _FROM_WORDS))
+    return blocks.reshape(*lead, ROWS * t, FEATURES * kc)
+
+
+def _scale_words(scale: Array, offset: Array) -> Array:
+    """u8, i8 [..., N, K/128] -> i32[..., N/16, K/128, 8]."""
+    *lead, n, kc = scale.shape
+    biased = jax.lax.bitcast_convert_type(offset, jnp.uint8) ^ jnp.uint8(0x80)
+    pairs = jnp.stack([scale, biased], axis=-1).reshape(*lead, n // ROWS, 2, 8, kc, 2)
+    octets = pairs.transpose(_block_axes(len(lead), (0, 3, 2, 1, 4)))  # t, kc, g, hi, (s, o)
+    octets = octets.reshape(*lead, n // ROWS, kc, SCALE_WORDS, 4)
+    return jax.lax.bitcast_convert_type(octets, jnp.int32)
+
+
+def _scales(words: Array) -> tuple[Array, Array]:
+    """The inverse of `_scale_words`."""
+    *lead, t, kc, _ = words.shape
+    octets = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*lead, t, kc, 8, 2, 2)
+    pairs = octets.transpose(_block_axes(len(lead), (0, 3, 2, 1, 4)))
+    pairs = pairs.reshape(*lead, ROWS * t, kc, 2)
+    offset = jax.lax.bitcast_convert_type(pairs[..., 1] ^ jnp.uint8(0x80), jnp.int8)
+    return pairs[..., 0], offset
+
+
+def pack_activation(codes: Array) -> Array:
+    """x codes i8[M, K] -> i32[K/128, M, 32]: the features of a block beside each other.
+
+    Of the 128 bytes of a token and block, the 16-byte piece p lies at p ^ (m & 7), so that the
+    eight tokens that a warp reads at once lie in different banks of shared memory.
+    """
+    m, k = codes.shape
+    pieces = codes.reshape(m, k // FEATURES, 8, 16)
+    token = jnp.arange(m)[:, None]
+    pieces = pieces[token, :, jnp.arange(8) ^ (token & 7)]  # [M, 8, K/128, 16]
+    words = jax.lax.bitcast_convert_type(pieces.reshape(m, 8, -1, 4, 4), jnp.int32)
+    return words.transpose(2, 0, 1, 3).reshape(k // FEATURES, m, 32)
+
+
+def activation_offset(token: Any, c: Any, h: int) -> Any:
+    """Byte offset in a packed block [M, 32] of the 16 features from 32 c + 16 h of a token."""
+    return token * 128 + ((c * 2 + h) ^ (token & 7)) * 16
+
+
+def split_scales(word: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """A word of scales -> (scale, 4 x (offset + 128)) of channels g and g + 8."""
+
+    def pair(shift: int) -> tuple[Any, Any]:
+        return (word >> shift) & 0xFF, ((word >> (shift + 8)) & 0xFF) * 0x01010101
+
+    return pair(0), pair(16)
+
+
+def expand(word: Any, scales: tuple[tuple[Any, Any], tuple[Any, Any]] | None) -> list[Any]:
+    """A word of codes -> four int8 weights of channel g in one word, and four of g + 8.
+
+    With scales: code * scale + offset in all four bytes by one multiplication and one addition.
+    Nothing carries from byte to byte, because code * scale + (offset + 128) is the int8 weight
+    plus 128 and so within 0..255, and code * scale is no larger; the XOR takes the 128 off again.
+    """
+    codes = [word & 0x0F0F0F0F, (word >> 4) & 0x0F0F0F0F]
+    if scales is None:
+        return codes
+    return [
+        (q * scale + offset) ^ 0x80808080 for q, (scale, offset) in zip(codes, scales, strict=True)
+    ]

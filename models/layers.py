@@ -8,26 +8,74 @@ import jax
 import jax.numpy as jnp
 
 from qserve_jax.pallas_kernels import quantized_matmul
+from qserve_jax.pallas_kernels.quantize_activation import (
+    quantize_activation,
+    rms_norm,
+    rms_norm_quantize,
+    silu_mul,
+    silu_mul_quantize,
+)
 from qserve_jax.pallas_kernels.w4a8_matmul import from_kernel_layout, take_layer
-from qserve_jax.quantization.numerics import quantize_activation
 from qserve_jax.quantization.packing import dequantize_weight
 from qserve_jax.quantization.qtensor import Array, Int8Activation, is_quantized
 
 Params = dict[str, Any]
 
 
-def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, float32 inside, x's dtype out."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+INPUT_NORMS = ("attn_norm", "mlp_norm")
+"""The norms whose output is nothing but the input of projections."""
 
 
-def quantize_input(x: Array, act_bits: int, *kernels: object) -> Array | Int8Activation:
+def wants_int8(act_bits: int, *kernels: object) -> bool:
+    """Whether some of the matmuls with `kernels` take int8 activations."""
+    return act_bits == 8 and any(is_quantized(kernel) for kernel in kernels)
+
+
+def quantize_input(
+    x: Array, act_bits: int, *kernels: object, backend: str | None = None
+) -> Array | Int8Activation:
     """x as the matmuls with `kernels` want it: int8 per token where they are quantised."""
-    if act_bits == 8 and any(is_quantized(kernel) for kernel in kernels):
-        return quantize_activation(x)
-    return x
+    return quantize_activation(x, backend=backend) if wants_int8(act_bits, *kernels) else x
+
+
+def normalized_projections(
+    x: Array,
+    scale: Array,
+    eps: float,
+    p: Params,
+    names: tuple[str, ...],
+    fused: str,
+    *,
+    act_bits: int,
+    layer: Array | int | None,
+    backend: str | None = None,
+    **kwargs: Any,
+) -> list[Array]:
+    """`projections` of rms_norm(x, scale, eps), which one kernel normalises and quantises.
+
+    scale: [K], or [L, K] and read at `layer`.
+    """
+    scale_layer = layer if scale.ndim == 2 else None
+    y = rms_norm(x, scale if scale_layer is None else scale[scale_layer], eps)
+    y_in = y
+    if wants_int8(act_bits, *(part["kernel"] for part in projection_parts(p, names, fused))):
+        y_in = rms_norm_quantize(x, scale, eps=eps, layer=scale_layer, backend=backend)
+    return projections(
+        y, p, names, fused, act_bits=act_bits, x_in=y_in, layer=layer, backend=backend, **kwargs
+    )
+
+
+def silu_mul_input(
+    gate_up: list[Array], act_bits: int, kernel: object, *, backend: str | None = None
+) -> Array | Int8Activation:
+    """SiLU(gate) * up as the matmul with `kernel` wants it, of [gate, up] or [both, side by side].
+
+    Side by side, one kernel multiplies and quantises.
+    """
+    if len(gate_up) == 1 and wants_int8(act_bits, kernel):
+        return silu_mul_quantize(gate_up[0], backend=backend)
+    gate, up = gate_up if len(gate_up) == 2 else jnp.split(gate_up[0], 2, axis=-1)
+    return quantize_input(silu_mul(gate, up), act_bits, kernel, backend=backend)
 
 
 def linear(
@@ -52,28 +100,53 @@ def linear(
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype)
 
 
+def projection_parts(p: Params, names: tuple[str, ...], fused: str) -> list[Params]:
+    """The parameters of several projections of one input, or of the one they are fused to."""
+    return [p[name] for name in ([fused] if fused in p else names)]
+
+
 def projections(
-    x: Array, p: Params, names: tuple[str, ...], fused: str, *, act_bits: int, **kwargs: Any
+    x: Array,
+    p: Params,
+    names: tuple[str, ...],
+    fused: str,
+    *,
+    act_bits: int,
+    x_in: Array | Int8Activation | None = None,
+    **kwargs: Any,
 ) -> list[Array]:
     """Several projections of one input, which is quantised once; one matmul where they are fused.
 
+    x_in: x as quantised projections take it, where the caller has it.
     Returns one array [..., N_i] per name, or a single [..., sum N_i] from a fused kernel.
     """
-    present = [p[name] for name in ([fused] if fused in p else names)]
-    x_in = quantize_input(x, act_bits, *(part["kernel"] for part in present))
+    present = projection_parts(p, names, fused)
+    if x_in is None:
+        x_in = quantize_input(x, act_bits, *(part["kernel"] for part in present))
     return [linear(x_in if is_quantized(q["kernel"]) else x, q, **kwargs) for q in present]
 
 
 def split_in_place(layers: Params) -> tuple[Params, Params]:
     """Split stacked layer parameters [L, ...] for a scan: (scanned, in_place).
 
-    Float leaves are scanned, each step getting its slice. Quantised containers stay whole and are
-    read at a layer index, so that kernels stream them from where they lie. Each half has None where
-    the other has a leaf.
+    Float leaves are scanned, each step getting its slice. Quantised containers, and the scales of
+    the norms that are quantised with their input, stay whole and are read at a layer index, so that
+    kernels stream them from where they lie. Each half has None where the other has a leaf.
     """
-    scanned = jax.tree.map(lambda w: None if is_quantized(w) else w, layers, is_leaf=is_quantized)
-    in_place = jax.tree.map(lambda w: w if is_quantized(w) else None, layers, is_leaf=is_quantized)
-    return scanned, in_place
+    quantized = any(map(is_quantized, jax.tree.leaves(layers, is_leaf=is_quantized)))
+    whole = {name: quantized and name in INPUT_NORMS for name in layers}
+
+    def half(keep: bool) -> Params:
+        return {
+            name: jax.tree.map(
+                lambda w, name=name: w if (whole[name] or is_quantized(w)) == keep else None,
+                part,
+                is_leaf=is_quantized,
+            )
+            for name, part in layers.items()
+        }
+
+    return half(False), half(True)
 
 
 def join_in_place(scanned: Params, in_place: Params) -> Params:

@@ -18,9 +18,10 @@ from qserve_jax.models.layers import (
     Params,
     join_in_place,
     linear,
-    projections,
+    normalized_projections,
     quantize_input,
     rms_norm,
+    silu_mul_input,
     split_in_place,
 )
 from qserve_jax.models.rope import apply_rope, rope_frequencies
@@ -153,12 +154,11 @@ def hidden_states(
 def decoder_layer(model, p, x, layer, positions, rope, attention, state):
     """One layer: x [B, T, D] -> (x, state)."""
     options = {"layer": layer, "dtype": x.dtype, "backend": model.backend}
-    config = model.config
+    config, act_bits, backend = model.config, model.act_bits, model.backend
     with jax.named_scope("attention"):
-        y = rms_norm(x, p["attn_norm"]["scale"], config.rms_norm_eps)
-        qkv = projections(
-            y, p, ("q_proj", "k_proj", "v_proj"), "qkv_proj", act_bits=model.act_bits, **options
-        )
+        norm = x, p["attn_norm"]["scale"], config.rms_norm_eps
+        names = ("q_proj", "k_proj", "v_proj")
+        qkv = normalized_projections(*norm, p, names, "qkv_proj", act_bits=act_bits, **options)
         q, k, v = split_heads(qkv, config)
         if config.qk_norm:
             q = rms_norm(q, p["q_norm"]["scale"], config.rms_norm_eps)
@@ -167,16 +167,15 @@ def decoder_layer(model, p, x, layer, positions, rope, attention, state):
         y, state = attention(q, k, v, layer, state)
         y = y.reshape(*y.shape[:-2], -1)
         o = p["o_proj"]
-        x = x + linear(quantize_input(y, model.act_bits, o["kernel"]), o, **options)
+        y = quantize_input(y, act_bits, o["kernel"], backend=backend)
+        x = x + linear(y, o, **options)
     with jax.named_scope("mlp"):
-        y = rms_norm(x, p["mlp_norm"]["scale"], config.rms_norm_eps)
-        gate_up = projections(
-            y, p, ("gate_proj", "up_proj"), "gate_up_proj", act_bits=model.act_bits, **options
-        )
-        gate, up = gate_up if len(gate_up) == 2 else jnp.split(gate_up[0], 2, axis=-1)
-        y = jax.nn.silu(gate) * up
+        norm = x, p["mlp_norm"]["scale"], config.rms_norm_eps
+        names = ("gate_proj", "up_proj")
+        both = normalized_projections(*norm, p, names, "gate_up_proj", act_bits=act_bits, **options)
         down = p["down_proj"]
-        return x + linear(quantize_input(y, model.act_bits, down["kernel"]), down, **options), state
+        y = silu_mul_input(both, act_bits, down["kernel"], backend=backend)
+        return x + linear(y, down, **options), state
 
 
 def split_heads(qkv: list[Array], config: ModelConfig) -> tuple[Array, Array, Array]:

@@ -34,32 +34,42 @@ def resolve(backend: str | None) -> tuple[str, ...]:
     return (name,)
 
 
-OPT_IN = ("mosaic_sm90",)
-"""Backends that run only where they are named: this one has no kernel for prefill yet."""
+NEEDS: dict[str, tuple[str, str, Callable[[str], bool]]] = {
+    "mosaic_sm90": ("Hopper", "9.0", lambda capability: capability == "9.0"),
+    "mosaic_mma": ("Ampere", "8.0 or more", lambda capability: _major(capability) >= 8),
+}
+"""Backend -> the GPU it needs, its compute capability in words and as a check."""
+
+
+def _major(capability: str) -> int:
+    """Of "8.6", 8; 0 of what is no compute capability, as AMD's names."""
+    major = capability.partition(".")[0]
+    return int(major) if major.isdecimal() else 0
 
 
 def unavailable(name: str) -> str | None:
     """Why no kernel of this backend can run where JAX computes by default; None where it can."""
-    if name != "mosaic_sm90":
+    if name not in NEEDS:
         return None
+    gpu, said, can = NEEDS[name]
     device = jax.config.jax_default_device or jax.default_backend()
     platform = getattr(device, "platform", device)
     if platform != "gpu":
-        return f"mosaic_sm90 needs an NVIDIA Hopper GPU, but JAX computes on {platform}"
+        return f"{name} needs an NVIDIA {gpu} GPU, but JAX computes on {platform}"
     capability = str(getattr(jax.devices("gpu")[0], "compute_capability", "unknown"))
-    if capability != "9.0":
-        return f"mosaic_sm90 needs compute capability 9.0 (Hopper), this GPU has {capability}"
+    if not can(capability):
+        return f"{name} needs compute capability {said} ({gpu}), this GPU has {capability}"
     return None
 
 
 def usable(backend: str | None) -> tuple[str, ...]:
-    """`resolve(backend)`, without those of OPT_IN where nobody named one.
+    """`resolve(backend)`, without those that cannot run here where nobody named one.
 
     A backend that is named, by argument or environment, is not checked against the device, so that
     it can be lowered for another machine.
     """
     names = resolve(backend)
-    return names if len(names) == 1 else tuple(name for name in names if name not in OPT_IN)
+    return names if len(names) == 1 else tuple(n for n in names if unavailable(n) is None)
 
 
 def dispatch(

@@ -47,15 +47,15 @@ def prepare_for_backend(
 
     params: a canonical tree (docs/architecture.md), float or quantised. Models accept both trees
     and give the same integers. Projections quantised in different ways are left apart.
-    backend: the one it will run on. For mosaic_sm90, where it is named, 4-bit kernels are also
-      packed (`layout.to_kernel_layout`), shapes permitting.
+    backend: the one it will run on, None for the first that can run here. For the Mosaic backends
+      4-bit kernels are also packed (`layout.to_kernel_layout`), shapes permitting.
     in_place: turn `params` itself, plain dicts, into the fused tree and return it. Parts are
       dropped once they are fused, so that besides the result only the parts of one projection are
       in memory; otherwise all parts stay, as long as the caller keeps `params`.
 
     Raises ValueError on an unknown backend, and in place where params["layers"] is no dict.
     """
-    pack = "mosaic_sm90" in usable(backend)
+    pack = any(name != "reference" for name in usable(backend))
     layers = params["layers"]
     if in_place and not isinstance(layers, dict):
         raise ValueError(

@@ -46,7 +46,17 @@ def _mosaic_sm90(*args: Any, **kwargs: Any) -> Array:
     return mosaic_sm90.matmul(*args, **kwargs)
 
 
-W4A8_BACKENDS = {"mosaic_sm90": _mosaic_sm90, "reference": _reference}
+def _mosaic_mma(*args: Any, **kwargs: Any) -> Array:
+    from qserve_jax.pallas_kernels.w4a8_matmul import mosaic_mma
+
+    return mosaic_mma.matmul(*args, **kwargs)
+
+
+W4A8_BACKENDS = {
+    "mosaic_sm90": _mosaic_sm90,
+    "mosaic_mma": _mosaic_mma,
+    "reference": _reference,
+}
 W8A8_BACKENDS = {"reference": reference.matmul}  # XLA's own int8 dot is already the fast path
 
 
@@ -71,7 +81,7 @@ def _check(
     n, k_weight = weight_shape(w)
     if k != k_weight:
         raise ValueError(f"x has {k=} but weight has K={k_weight}")
-    rank = w.codes.ndim - packed
+    rank = w.codes.ndim - 2 * packed  # [.., N, K/2] or [.., N/64, K/128, 4, words]
     if rank not in (2, 3):
         raise ValueError(f"weight codes have shape {w.codes.shape}: need [N, K] or [L, N, K]")
     check_layer(layer, "weight codes", w.codes.shape, rank == 3)

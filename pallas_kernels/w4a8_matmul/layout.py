@@ -1,16 +1,22 @@
-"""The weight layout "mma_sm90": what a warp of the small-M kernel reads, in the order it does.
+"""The weight layout "mma_w4": what a warp reads of the weights, in the order it does.
 
-A block holds 16 output channels x 128 input features as 32-bit words: 256 words of codes and, per
-group, 8 words of scales, in one piece so that one copy brings both (1024 or 1056 bytes).
+One layout for all kernels. A block holds 16 output channels x 128 input features as 32-bit words:
+256 words of codes and, per group, 8 words of scales, in one piece so that one copy brings both
+(1024 or 1056 bytes). The four blocks of 64 channels, what a warpgroup multiplies, lie beside each
+other: one copy of them takes the time of four small ones to start.
 
-  codes  word ((h * 32) + lane) * 4 + v, lane = 4 * g + c: in byte i the codes of feature
-         k = 32 c + 16 h + 4 v + i, channel g in the low nibble and channel g + 8 in the high one
-  scales word 256 + g, bytes from the lowest: scale and offset + 128 of channel g, then of g + 8
+  codes  word (h * 32 + lane) * 4 + v, lane = 4 * g + c: in byte i the codes of feature
+         k = 64 h + 16 v + 4 c + i, fragment row g in the low nibble and row g + 8 in the high one
+  rows   fragment row r is channel 4 * (r % 8 // 2) + 2 * (r // 8) + r % 2 of the block
+  scales word 256 + g, bytes from the lowest: scale and offset + 128 of fragment row g, then of
+         row g + 8
 
-so that lane (g, c) of a warp reads 16 bytes at a time and, with one mask or one shift and a mask,
-has registers of the tensor core's A fragment (mma m16n8k32: rows g and g + 8). Which feature is
-which k of the mma is free, as long as the activations agree: c, h and v, i are dealt so that the
-activations' side is also 16 bytes at a time, `activation_offset`.
+so that lane (g, c) reads 16 bytes at a time and, with one mask or one shift and a mask, has the
+registers of the tensor core's A fragments: of mma.m16n8k32 and of wgmma alike, rows g and g + 8,
+two words for each 32 features, k in its natural order. So the activations stay row-major.
+
+The rows are dealt so that a lane whose accumulators were transposed (movmatrix), and then holds
+fragment rows 2 c, 2 c + 1, 2 c + 8 and 2 c + 9 of a token, has four channels beside each other.
 
 The formulas here take numpy integers, JAX arrays and the kernel's registers alike.
 """
@@ -32,14 +38,19 @@ from qserve_jax.quantization.qtensor import (
     W8PerChannel,
 )
 
-LAYOUT = "mma_sm90"
+LAYOUT = "mma_w4"
 ROWS, FEATURES = 16, 128  # of one block
+BLOCKS = 4  # beside each other
 CODE_WORDS, SCALE_WORDS = 256, 8
 
-# The axes of a block's codes [t, hi, g, kc, c, h, v, i], in the order of the words; hi picks the
-# nibble. t and kc number the blocks along N and K.
-_TO_WORDS = (0, 3, 5, 2, 4, 6, 7, 1)
-_FROM_WORDS = tuple(_TO_WORDS.index(axis) for axis in range(8))
+# A channel is [t, g // 2, hi, g % 2] and a feature [kc, h, v, c, i]; t and kc number the blocks
+# along N and K, hi picks the nibble. The axes of both, in the order of the words:
+_CHANNEL, _FEATURE = (4, 2, 2), (2, 4, 4, 4)
+_TO_WORDS = (0, 4, 5, 1, 3, 7, 6, 8, 2)
+_FROM_WORDS = tuple(_TO_WORDS.index(axis) for axis in range(9))
+# And those of the scales, [*channel, kc, (scale, offset)].
+_TO_SCALES = (0, 4, 1, 3, 2, 5)
+_FROM_SCALES = tuple(_TO_SCALES.index(axis) for axis in range(6))
 
 
 def weight_shape(w: QuantizedWeight) -> tuple[int, int]:
@@ -47,7 +58,7 @@ def weight_shape(w: QuantizedWeight) -> tuple[int, int]:
     if not isinstance(w, W4PerGroup | W4PerChannel):
         return w.codes.shape[-2], w.codes.shape[-1]
     if w.layout == LAYOUT:
-        return ROWS * w.codes.shape[-3], FEATURES * w.codes.shape[-2]
+        return BLOCKS * ROWS * w.codes.shape[-4], FEATURES * w.codes.shape[-3]
     return w.codes.shape[-2], 2 * w.codes.shape[-1]
 
 
@@ -67,11 +78,11 @@ def take_layer[W: QuantizedWeight](w: W, layer: Array | int | None) -> W:
 
 @jax.jit
 def to_kernel_layout(w: W4PerGroup | W4PerChannel) -> W4PerGroup | W4PerChannel:
-    """A canonical container -> the same with `layout` "mma_sm90" and all static metadata.
+    """A canonical container -> the same with `layout` "mma_w4" and all static metadata.
 
-    codes u8[..., N, K/2] -> i32[..., N/16, K/128, 264 (per group) | 256 (per channel)]. Per group,
-    the scales and offsets lie in the same words, and their own arrays keep the stack axes only:
-    [..., 0, 0]. Channel scales and zeros stay as they are.
+    codes u8[..., N, K/2] -> i32[..., N/64, K/128, 4, 264 (per group) | 256 (per channel)]. Per
+    group, the scales and offsets lie in the same words, and their own arrays keep the stack axes
+    only: [..., 0, 0]. Channel scales and zeros stay as they are.
 
     Raises ValueError on a container that does not fit.
     """
@@ -82,12 +93,12 @@ def to_kernel_layout(w: W4PerGroup | W4PerChannel) -> W4PerGroup | W4PerChannel:
         )
     words = _code_words(unpack_nibbles(w.codes))
     if isinstance(w, W4PerChannel):
-        return dataclasses.replace(w, codes=words, layout=LAYOUT)
+        return dataclasses.replace(w, codes=_side_by_side(words), layout=LAYOUT)
     scales = _scale_words(w.group_scale, w.group_offset)
     none = (*w.codes.shape[:-2], 0, 0)
     return dataclasses.replace(
         w,
-        codes=jnp.concatenate([words, scales], axis=-1),
+        codes=_side_by_side(jnp.concatenate([words, scales], axis=-1)),
         group_scale=jnp.zeros(none, jnp.uint8),
         group_offset=jnp.zeros(none, jnp.int8),
         layout=LAYOUT,
@@ -104,13 +115,31 @@ def from_kernel_layout[W: QuantizedWeight](w: W) -> W:
         return w
     if w.layout != LAYOUT:
         raise ValueError(f"layout {w.layout!r} is unknown: need 'canonical' or {LAYOUT!r}")
-    codes = pack_nibbles(_codes(w.codes[..., :CODE_WORDS]))
+    words = _one_by_one(w.codes)
+    codes = pack_nibbles(_codes(words[..., :CODE_WORDS]))
     if isinstance(w, W4PerChannel):
         return dataclasses.replace(w, codes=codes, layout="canonical")
-    scale, offset = _scales(w.codes[..., CODE_WORDS:])
+    scale, offset = _scales(words[..., CODE_WORDS:])
     return dataclasses.replace(
         w, codes=codes, group_scale=scale, group_offset=offset, layout="canonical"
     )
+
+
+def _side_by_side(words: Array) -> Array:
+    """i32[..., N/16, K/128, words] -> [..., N/64, K/128, 4, words]."""
+    *lead, t, kc, size = words.shape
+    return words.reshape(*lead, t // BLOCKS, BLOCKS, kc, size).swapaxes(-3, -2)
+
+
+def _one_by_one(words: Array) -> Array:
+    """The inverse of `_side_by_side`."""
+    *lead, groups, kc, _, size = words.shape
+    return words.swapaxes(-3, -2).reshape(*lead, groups * BLOCKS, kc, size)
+
+
+def block_index(t: Any, chunk: Any, chunks: Any) -> Any:
+    """Where block t of N/16 and `chunk` of K/128 lies, in blocks."""
+    return (t // BLOCKS * chunks + chunk) * BLOCKS + t % BLOCKS
 
 
 def _block_axes(lead: int, order: tuple[int, ...]) -> tuple[int, ...]:
@@ -120,7 +149,7 @@ def _block_axes(lead: int, order: tuple[int, ...]) -> tuple[int, ...]:
 def _code_words(codes: Array) -> Array:
     """u8[..., N, K] -> i32[..., N/16, K/128, 256]."""
     *lead, n, k = codes.shape
-    blocks = codes.reshape(*lead, n // ROWS, 2, 8, k // FEATURES, 4, 2, 4, 4)
+    blocks = codes.reshape(*lead, n // ROWS, *_CHANNEL, k // FEATURES, *_FEATURE)
     blocks = blocks.transpose(_block_axes(len(lead), _TO_WORDS))
     octets = blocks[..., 0] | (blocks[..., 1] << 4)
     words = jax.lax.bitcast_convert_type(octets, jnp.int32)
@@ -130,7 +159,7 @@ def _code_words(codes: Array) -> Array:
 def _codes(words: Array) -> Array:
     """The inverse of `_code_words`."""
     *lead, t, kc, _ = words.shape
-    octets = jax.lax.bitcast_convert_type(words.reshape(*lead, t, kc, 2, 8, 4, 4), jnp.uint8)
+    octets = jax.lax.bitcast_convert_type(words.reshape(*lead, t, kc, 2, 4, 2, 4, 4), jnp.uint8)
     blocks = jnp.stack([octets & 15, octets >> 4], axis=-1)
     blocks = blocks.transpose(_block_axes(len(lead), _FROM_WORDS))
     return blocks.reshape(*lead, ROWS * t, FEATURES * kc)
@@ -140,8 +169,8 @@ def _scale_words(scale: Array, offset: Array) -> Array:
     """u8, i8 [..., N, K/128] -> i32[..., N/16, K/128, 8]."""
     *lead, n, kc = scale.shape
     biased = jax.lax.bitcast_convert_type(offset, jnp.uint8) ^ jnp.uint8(0x80)
-    pairs = jnp.stack([scale, biased], axis=-1).reshape(*lead, n // ROWS, 2, 8, kc, 2)
-    octets = pairs.transpose(_block_axes(len(lead), (0, 3, 2, 1, 4)))  # t, kc, g, hi, (s, o)
+    pairs = jnp.stack([scale, biased], axis=-1).reshape(*lead, n // ROWS, *_CHANNEL, kc, 2)
+    octets = pairs.transpose(_block_axes(len(lead), _TO_SCALES))
     octets = octets.reshape(*lead, n // ROWS, kc, SCALE_WORDS, 4)
     return jax.lax.bitcast_convert_type(octets, jnp.int32)
 
@@ -149,34 +178,20 @@ def _scale_words(scale: Array, offset: Array) -> Array:
 def _scales(words: Array) -> tuple[Array, Array]:
     """The inverse of `_scale_words`."""
     *lead, t, kc, _ = words.shape
-    octets = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*lead, t, kc, 8, 2, 2)
-    pairs = octets.transpose(_block_axes(len(lead), (0, 3, 2, 1, 4)))
+    octets = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*lead, t, kc, 4, 2, 2, 2)
+    pairs = octets.transpose(_block_axes(len(lead), _FROM_SCALES))
     pairs = pairs.reshape(*lead, ROWS * t, kc, 2)
     offset = jax.lax.bitcast_convert_type(pairs[..., 1] ^ jnp.uint8(0x80), jnp.int8)
     return pairs[..., 0], offset
 
 
-def pack_activation(codes: Array) -> Array:
-    """x codes i8[M, K] -> i32[K/128, M, 32]: the features of a block beside each other.
-
-    Of the 128 bytes of a token and block, the 16-byte piece p lies at p ^ (m & 7), so that the
-    eight tokens that a warp reads at once lie in different banks of shared memory.
-    """
-    m, k = codes.shape
-    pieces = codes.reshape(m, k // FEATURES, 8, 16)
-    token = jnp.arange(m)[:, None]
-    pieces = pieces[token, :, jnp.arange(8) ^ (token & 7)]  # [M, 8, K/128, 16]
-    words = jax.lax.bitcast_convert_type(pieces.reshape(m, 8, -1, 4, 4), jnp.int32)
-    return words.transpose(2, 0, 1, 3).reshape(k // FEATURES, m, 32)
-
-
-def activation_offset(token: Any, c: Any, h: int) -> Any:
-    """Byte offset in a packed block [M, 32] of the 16 features from 32 c + 16 h of a token."""
-    return token * 128 + ((c * 2 + h) ^ (token & 7)) * 16
+def channel_of_row(r: Any) -> Any:
+    """The channel of a block, 0..15, whose weights are fragment row r, 0..15."""
+    return (r % 8 // 2) * 4 + (r // 8) * 2 + r % 2
 
 
 def split_scales(word: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-    """A word of scales -> (scale, 4 x (offset + 128)) of channels g and g + 8."""
+    """A word of scales -> (scale, 4 x (offset + 128)) of fragment rows g and g + 8."""
 
     def pair(shift: int) -> tuple[Any, Any]:
         return (word >> shift) & 0xFF, ((word >> (shift + 8)) & 0xFF) * 0x01010101
@@ -185,7 +200,7 @@ def split_scales(word: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
 
 
 def expand(word: Any, scales: tuple[tuple[Any, Any], tuple[Any, Any]] | None) -> list[Any]:
-    """A word of codes -> four int8 weights of channel g in one word, and four of g + 8.
+    """A word of codes -> four int8 weights of fragment row g in one word, four of g + 8.
 
     With scales: code * scale + offset in all four bytes by one multiplication and one addition.
     Nothing carries from byte to byte, because code * scale + (offset + 128) is the int8 weight

@@ -37,7 +37,10 @@ def dequantize_weight(w: QuantizedWeight) -> Array:
     ValueError where the codes are packed for a kernel (layout other than "canonical").
     """
     if not isinstance(w, W8PerChannel) and w.layout != "canonical":
-        raise ValueError(f"layout {w.layout!r} is a kernel's: dequantise the canonical container")
+        raise ValueError(
+            f"layout {w.layout!r} is a kernel's, not canonical: apply from_kernel_layout of "
+            "qserve_jax.pallas_kernels.w4a8_matmul first"
+        )
     if isinstance(w, W4PerGroup):
         return int8_weight(w) * w.channel_scale[..., None]
     if isinstance(w, W8PerChannel):

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qserve_jax.pallas_kernels.w4a8_matmul import from_kernel_layout, layout, to_kernel_layout
+from qserve_jax.pallas_kernels.w4a8_matmul.reference import int8_weights
 from qserve_jax.quantization.packing import int8_weight, unpack_nibbles
 from qserve_jax.quantization.qtensor import Source, W4PerChannel, W4PerGroup, nbytes
+from tests.pallas_kernels.w4a8_cases import make_packed
 
 SOURCE = Source(("stack", "in", "out"), (256,), (64,), "bfloat16")
 every_kind = pytest.mark.parametrize("kind", ["per-group", "per-channel"])
@@ -53,9 +55,9 @@ def test_round_trip(kind, lead, n, k, seed):
     w = random_weight(kind, np.random.default_rng(seed), lead, n, k)
     packed = to_kernel_layout(w)
     words = 264 if kind == "per-group" else 256
-    assert packed.codes.shape == (*lead, n // 16, k // 128, words)
+    assert packed.codes.shape == (*lead, n // 64, k // 128, 4, words)
     assert packed.codes.dtype == jnp.int32
-    assert packed.layout == "mma_sm90" and packed.source == SOURCE
+    assert packed.layout == "mma_w4" and packed.source == SOURCE
     assert nbytes(packed) == nbytes(w)
     assert layout.weight_shape(packed) == layout.weight_shape(w) == (n, k)
     back = from_kernel_layout(packed)
@@ -71,7 +73,10 @@ def test_a_slice_of_the_stack_is_the_layout_of_the_slice(kind, rng):
 
 
 def warp_tile(block, per_group):
-    """What `expand` makes of one packed block, put where the docstring says: int8[16, 128]."""
+    """What `expand` makes of one packed block, put where the contract says: int8[16, 128].
+
+    mma step s of 32 features, register pair j of it; the channels by the rule of the layout.
+    """
     lanes = np.arange(32, dtype=np.uint32)
     g, c = lanes >> 2, lanes & 3
     scales = layout.split_scales(block[256 + g]) if per_group else None
@@ -81,13 +86,19 @@ def warp_tile(block, per_group):
             expanded = layout.expand(block[(h * 32 + lanes) * 4 + v], scales)
             for hi, word in enumerate(expanded):
                 octets = word.astype(np.uint32).view(np.int8).reshape(32, 4)
+                channel = 4 * (g // 2) + 2 * hi + g % 2
+                s, j = 2 * h + (v >> 1), v & 1
                 for i in range(4):
-                    tile[g + 8 * hi, 32 * c + 16 * h + 4 * v + i] = octets[:, i]
+                    tile[channel, 32 * s + 16 * j + 4 * c + i] = octets[:, i]
     return tile
 
 
 def words_of(w):
-    return np.asarray(to_kernel_layout(w).codes).view(np.uint32)
+    """[N/16, K/128, words]."""
+    words = np.asarray(to_kernel_layout(w).codes).view(np.uint32)
+    groups, chunks, blocks, size = words.shape
+    assert layout.block_index(5, 1, 3) == (1 * 3 + 1) * 4 + 1
+    return words.swapaxes(1, 2).reshape(groups * blocks, chunks, size)
 
 
 def test_expanded_words_are_the_int8_weights(rng):
@@ -124,52 +135,69 @@ def mma_m16n8k32(acc, a, b):
     return acc + np.stack([d[group + 8 * (r // 2), 2 * in_group + r % 2] for r in range(4)])
 
 
+def ldmatrix_x4(memory, address):
+    """ldmatrix.x4.b16: lane l names row l % 8 of matrix l // 8; -> uint32[4, 32], by the PTX ISA.
+
+    Of matrix j, lane l receives bytes 4 (l % 4) .. + 3 of row l // 4.
+    """
+    lane = np.arange(32)
+    rows = address.reshape(4, 8)[:, lane // 4] + 4 * (lane % 4)
+    octets = np.ascontiguousarray(memory[rows[..., None] + np.arange(4)])
+    return octets.view(np.uint32)[..., 0]
+
+
 def test_a_warp_multiplies(rng):
-    """The kernel's inner loop on lanes: 16 channels x 11 tokens (the last tile is part empty)."""
+    """The kernels' inner loop on lanes: 16 channels x 11 tokens of x as it lies in memory."""
     m, k = 11, 256
     w = valid_weight(rng, 64, k)
     x = rng.integers(-128, 128, (m, k)).astype(np.int8)
     blocks = words_of(w)[2]
-    packed_x = np.asarray(layout.pack_activation(jnp.asarray(x)))
     lanes = np.arange(32, dtype=np.uint32)
-    g, c = lanes >> 2, lanes & 3
     acc = np.zeros((2, 4, 32), np.int64)
-    for kc in range(k // 128):
-        block, x_bytes = blocks[kc], packed_x[kc].view(np.int8).reshape(-1)
-        scales = layout.split_scales(block[256 + g])
-        for h in range(2):
-            words = [layout.expand(block[(h * 32 + lanes) * 4 + v], scales) for v in range(4)]
-            for tokens in range(2):
-                at = layout.activation_offset(np.minimum(g + 8 * tokens, m - 1), c, h)
-                b = x_bytes[at[:, None] + np.arange(16)].view(np.uint32).T
-                for half in range(2):
-                    a = np.stack([*words[2 * half], *words[2 * half + 1]]).astype(np.uint32)
-                    b_half = np.ascontiguousarray(b[2 * half : 2 * half + 2])
-                    acc[tokens] = mma_m16n8k32(acc[tokens], a, b_half)
+    for kc, h in np.ndindex(k // 128, 2):
+        scales = layout.split_scales(blocks[kc][256 + (lanes >> 2)])
+        codes = [blocks[kc][(h * 32 + lanes) * 4 + v] for v in range(4)]
+        words = [layout.expand(word, scales) for word in codes]
+        for tokens in range(2):
+            row = np.minimum(lanes % 8 + 8 * tokens, m - 1)
+            b = ldmatrix_x4(x.reshape(-1), row * k + 128 * kc + 64 * h + 16 * (lanes // 8))
+            for half in (0, 2):
+                a = np.stack([*words[half], *words[half + 1]]).astype(np.uint32)
+                acc[tokens] = mma_m16n8k32(acc[tokens], a, b[half : half + 2])
     expected = np.asarray(int8_weight(w), np.int64)[32:48] @ x.T.astype(np.int64)
-    for token in range(m):
-        for row in range(16):
-            lane, register = (row % 8) * 4 + token % 8 // 2, token % 2 + 2 * (row // 8)
-            assert acc[token // 8, register, lane] == expected[row, token]
+    for token, row in np.ndindex(m, 16):
+        lane, register = (row % 8) * 4 + token % 8 // 2, token % 2 + 2 * (row // 8)
+        channel = layout.channel_of_row(row)
+        assert acc[token // 8, register, lane] == expected[channel, token]
 
 
-@pytest.mark.parametrize("m", [1, 8, 19])
-def test_activations_are_permuted_within_a_token(m, rng):
-    x = rng.integers(-128, 128, (m, 256)).astype(np.int8)
-    packed = np.asarray(layout.pack_activation(jnp.asarray(x))).view(np.int8).reshape(2, -1)
-    for token, c, h in np.ndindex(m, 4, 2):
-        at = layout.activation_offset(token, c, h)
-        assert at // 128 == token
-        expected = x[token, 128 + 32 * c + 16 * h :][:16]
-        np.testing.assert_array_equal(packed[1, at : at + 16], expected)
+def test_a_transposed_lane_has_four_channels_beside_each_other():
+    channels = layout.channel_of_row(np.arange(16))
+    assert sorted(channels) == list(range(16))
+    for c in range(4):
+        rows = [2 * c, 2 * c + 1, 2 * c + 8, 2 * c + 9]
+        np.testing.assert_array_equal(channels[rows], 4 * c + np.arange(4))
 
 
-def test_eight_tokens_read_different_banks():
-    """A load of 16 bytes goes in quarter warps: each must touch every bank once."""
-    lanes = np.arange(32)
-    at = layout.activation_offset(lanes >> 2, lanes & 3, 0)
-    for quarter in at.reshape(4, 8):
-        assert len(set(quarter // 16 % 8)) == 8
+@pytest.mark.parametrize("per_group", [True, False])
+def test_weights_that_tests_make_in_the_layout(per_group, rng):
+    """Of random words the layout gives what packing does, all of int8 or the extremes of it."""
+    packed = make_packed(per_group, rng, 192, 256)
+    canonical = from_kernel_layout(packed)
+    jax.tree.map(np.testing.assert_array_equal, to_kernel_layout(canonical), packed)
+    weights = np.asarray(int8_weights(canonical), np.int32)
+    low, high = (-128, 127) if per_group else (0, 15)
+    assert set(np.unique(weights[0])) == {low, high}
+    assert (weights[0, :64] == low).all() and (weights[0, 128:] == high).all()
+    assert weights[1].min() == low and weights[1].max() == high
+    if per_group:  # nothing has wrapped round
+        q = np.asarray(unpack_nibbles(canonical.codes), np.int32).reshape(2, 192, 2, 128)
+        s, offset = (
+            np.asarray(a, np.int32) for a in (canonical.group_scale, canonical.group_offset)
+        )
+        np.testing.assert_array_equal(
+            (q * s[..., None] + offset[..., None]).reshape(weights.shape), weights
+        )
 
 
 def test_refusals(rng):

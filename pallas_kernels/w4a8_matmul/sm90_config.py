@@ -1,0 +1,191 @@
+"""Shapes of the wgmma kernel's work, and the heuristic that chooses them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from qserve_jax.pallas_kernels.w4a8_matmul.layout import CODE_WORDS, FEATURES, ROWS, SCALE_WORDS
+
+SMS = 132
+SHARED_BYTES = 232448
+REGISTERS = 65536
+PRODUCER_REGISTERS = 24
+BUSY = 0.6
+MANY_ROUNDS = 3.5
+TOKENS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256)
+"""What wgmma takes for int8."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sm90Config:
+    """A block has row_warpgroups * k_warpgroups that multiply, and one that copies.
+
+    tokens: of a tile; each warpgroup has sums of 64 output channels x tokens.
+    row_warpgroups: beside each other along N; a block's tile has 64 * row_warpgroups channels.
+    k_warpgroups: with the same channels; they take the chunks of 128 features in turn.
+    stages: steps of k_warpgroups chunks in flight.
+    cluster: blocks beside each other along N that share the copies of x.
+    """
+
+    tokens: int
+    row_warpgroups: int
+    k_warpgroups: int
+    stages: int
+    cluster: int
+
+    @property
+    def warpgroups(self) -> int:
+        """Those that multiply."""
+        return self.row_warpgroups * self.k_warpgroups
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.row_warpgroups
+
+    @property
+    def slots(self) -> int:
+        """Chunks in flight."""
+        return self.stages * self.k_warpgroups
+
+    @property
+    def registers(self) -> int:
+        """Of a thread that multiplies, after the one that copies has given its own away."""
+        threads = self.warpgroups + 1
+        equal = min(REGISTERS // (128 * threads) // 8 * 8, 248)
+        return min((equal * threads - PRODUCER_REGISTERS) // self.warpgroups // 8 * 8, 240)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether registers allow to start a step's wgmma before the last step's are done."""
+        return self.registers >= self.tokens // 2 + 60
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedMemory:
+    """Byte offsets of a block's shared memory, from an address that is a multiple of 1024.
+
+    A slot's x tile [tokens, 128] lies at x + slot * x_bytes, its weights at weights + slot *
+    weight_bytes, 16-row tiles of `tile_bytes`. partials: int32 sums on their way between
+    warpgroups; where a block has one tile only, they lie where the slots were. columns: what
+    belongs to tokens, [warpgroup, 2 tiles, scale or sum of codes, tokens], 4 bytes each.
+    """
+
+    x_bytes: int
+    weight_bytes: int
+    weights: int
+    partials: int
+    columns: int
+    column_bytes: int
+    size: int
+    barriers: int
+
+
+def grid(config: Sm90Config, m: int, n: int) -> tuple[int, int]:
+    """Clusters, and tiles of a cluster (token tiles x groups of blocks along N) for all of them."""
+    tiles = -(-m // config.tokens) * -(-n // (config.rows * config.cluster))
+    return min(SMS // config.cluster, tiles), tiles
+
+
+def shared_memory(config: Sm90Config, m: int, n: int, per_group: bool) -> SharedMemory:
+    tile = 4 * (CODE_WORDS + (SCALE_WORDS if per_group else 0))
+    x_bytes = config.tokens * FEATURES
+    weight_bytes = config.rows // ROWS * tile
+    weights = config.slots * x_bytes
+    end = weights + config.slots * weight_bytes
+    clusters, tiles = grid(config, m, n)
+    partials = 0 if tiles <= clusters else end
+    partial_bytes = (config.k_warpgroups - 1) * config.rows * config.tokens * 4
+    columns = max(end, partials + partial_bytes)
+    column_bytes = (1 if per_group else 2) * 4 * config.tokens
+    return SharedMemory(
+        x_bytes=x_bytes,
+        weight_bytes=weight_bytes,
+        weights=weights,
+        partials=partials,
+        columns=columns,
+        column_bytes=column_bytes,
+        size=columns + 2 * config.warpgroups * column_bytes,
+        barriers=2 * config.slots,
+    )
+
+
+def check_config(config: Sm90Config, m: int, n: int, per_group: bool) -> None:
+    """ValueError unless the kernel runs with this config."""
+    if rule := _broken_rule(config, m, n, per_group):
+        raise ValueError(f"{config} cannot run: {rule}")
+
+
+def _broken_rule(config: Sm90Config, m: int, n: int, per_group: bool) -> str | None:
+    """Four warps copy every fourth chunk, and wait for a slot by the parity of its round. A warp
+    must not come two rounds ahead of those that multiply, where the parity is the same again: what
+    it waited for four chunks before keeps it from there, with four slots and whole turns of four.
+    """
+    if min(dataclasses.astuple(config)) < 1:
+        return "all fields must be at least 1"
+    memory = shared_memory(config, m, n, per_group)
+    used = memory.size + 1024 + 8 * memory.barriers
+    needs = config.tokens // 2 + 44
+    part = config.tokens // config.k_warpgroups
+    for holds, rule in (
+        (config.tokens in TOKENS, f"tokens must be one of {TOKENS}"),
+        (config.warpgroups <= 4, "row_warpgroups * k_warpgroups must be at most 4"),
+        (part % 8 == 0, "tokens must be a multiple of 8 k_warpgroups"),
+        (config.tokens % (8 * config.cluster) == 0, "tokens must be a multiple of 8 cluster"),
+        (config.cluster <= 2, "cluster must be 1 or 2: larger ones do not fill the GPU"),
+        (config.k_warpgroups in (1, 2, 4), "k_warpgroups must be 1, 2 or 4, which divide 4"),
+        (config.stages >= 2, "stages must be at least 2"),
+        (config.slots >= 4, "k_warpgroups * stages must be at least 4, a slot for each warp"),
+        (needs <= config.registers, f"needs {needs} registers of {config.registers}"),
+        (used <= SHARED_BYTES, f"takes {used} bytes of shared memory of {SHARED_BYTES}"),
+    ):
+        if not holds:
+            return rule
+    return None
+
+
+def choose_config(m: int, n: int, k: int, per_group: bool) -> Sm90Config:
+    """The config for x [m, k] and a weight [k, n]: the largest tile that keeps the SMs busy.
+
+    A large tile reads less for what it multiplies. Sweeps on an H200 put the best within 3 % of
+    this choice (docs/architecture.md). Where none keeps BUSY of the SMs at work, the one that comes
+    nearest.
+    """
+    most = -(-m // 256)
+    tokens = min(256, _round_up(-(-m // most), 32))
+    tried = []
+    while True:
+        shapes = ((4, 1), (2, 2), (1, 4)) if tokens <= 128 else ((2, 1),)
+        for row_warpgroups, k_warpgroups in shapes:
+            config = _with_stages(tokens, row_warpgroups, k_warpgroups, m, n, per_group)
+            if config is None:
+                continue
+            if _busy(config, m, n) >= BUSY:
+                return config
+            tried.append(config)
+        if tokens <= 32:
+            return max(tried, key=lambda config: _busy(config, m, n))
+        tokens = _round_up(-(-tokens // 2), 32)
+
+
+def _busy(config: Sm90Config, m: int, n: int) -> float:
+    """The share of the SMs that have a tile, over all rounds."""
+    tiles = grid(config, m, n)[1] * config.cluster
+    return tiles / (-(-tiles // SMS) * SMS)
+
+
+def _with_stages(
+    tokens: int, row_warpgroups: int, k_warpgroups: int, m: int, n: int, per_group: bool
+) -> Sm90Config | None:
+    """With the most stages that fit; None where not even two do. Many rounds: in clusters of two,
+    since x, for the second round on, is then read by fewer."""
+    for stages in range(min(12, 16 // k_warpgroups), 1, -1):
+        config = Sm90Config(tokens, row_warpgroups, k_warpgroups, stages, cluster=1)
+        if tokens == 256 and grid(config, m, n)[1] >= MANY_ROUNDS * SMS:
+            config = dataclasses.replace(config, cluster=2)
+        if not _broken_rule(config, m, n, per_group):
+            return config
+    return None
+
+
+def _round_up(value: int, to: int) -> int:
+    return -(-value // to) * to

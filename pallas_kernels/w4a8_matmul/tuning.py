@@ -1,0 +1,138 @@
+"""Measured configurations, per device: pallas_kernels/w4a8_matmul/tuned/<device>.json.
+
+  {"device": ..., "jax": ..., "commit": ...,
+   "entries": [{"design": "mma", "m": 16, "n": 4096, "k": 4096, "per_group": true,
+                "config": {...}, "us": 5.1, "heuristic_us": 5.6}, ...]}
+
+An entry is taken for a product of exactly these n, k and per_group and of m/2 < M <= m tokens, m
+being a power of two; for everything else the design's own heuristic chooses.
+scripts/tune_kernels.py writes the files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+import typing
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from qserve_jax.pallas_kernels.w4a8_matmul import mma_config, sm90_config
+
+FOLDER = Path(__file__).parent / "tuned"
+
+
+@dataclasses.dataclass(frozen=True)
+class Design:
+    """A kernel design with configurations of its own.
+
+    backend: the one whose `matmul` takes config=.
+    config: a frozen dataclass of integers and booleans.
+    choose: (m, n, k, per_group) -> config, by rules. Raises NotImplementedError.
+    check: (config, m, n, k, per_group); raises ValueError unless the kernel runs with it for all
+      of 1..m tokens.
+    """
+
+    backend: str
+    config: type
+    choose: Callable[[int, int, int, bool], Any]
+    check: Callable[[Any, int, int, int, bool], None]
+
+
+DESIGNS: dict[str, Design] = {
+    "mma": Design(
+        "mosaic_mma",
+        mma_config.MmaConfig,
+        lambda m, n, k, per_group: mma_config.choose_config(m, n, k),
+        lambda config, m, n, k, per_group: mma_config.check_config(config, k, per_group),
+    ),
+    "wgmma": Design(
+        "mosaic_sm90",
+        sm90_config.Sm90Config,
+        sm90_config.choose_config,
+        lambda config, m, n, k, per_group: sm90_config.check_config(config, m, n, per_group),
+    ),
+}
+
+Key = tuple[str, int, int, int, bool]
+"""design, m (a power of two), n, k, per_group"""
+
+
+def tuned_config(design: str, m: int, n: int, k: int, per_group: bool) -> Any | None:
+    """The measured config for a product on the device where JAX computes by default, if any."""
+    entries = load_tuned(jax.devices()[0].device_kind)
+    return entries.get((design, bucket(m), n, k, per_group))
+
+
+def bucket(m: int) -> int:
+    """The power of two that is m or next above it."""
+    return 1 << (m - 1).bit_length()
+
+
+def tuned_path(device_kind: str) -> Path:
+    """ "NVIDIA H200" -> tuned/nvidia_h200.json."""
+    return FOLDER / f"{re.sub(r'[^a-z0-9]+', '_', device_kind.lower())}.json"
+
+
+@functools.cache
+def load_tuned(device_kind: str) -> dict[Key, Any]:
+    """The configs of a device's file; empty where there is none. Read once per process.
+
+    What cannot be used is left out with a warning of one line, and the heuristic goes on.
+    """
+    path = tuned_path(device_kind)
+    try:
+        entries = list(json.loads(path.read_text())["entries"])
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        _refuse(path, f"{type(error).__name__}: {error}")
+        return {}
+    configs = {}
+    for number, entry in enumerate(entries):
+        try:
+            key, config = entry_of(entry)
+        except (ValueError, TypeError, KeyError) as error:
+            _refuse(path, f"entry {number}, {type(error).__name__}: {error}")
+        else:
+            configs[key] = config
+    return configs
+
+
+def entry_of(entry: Any) -> tuple[Key, Any]:
+    """The key and the config of an entry. Raises ValueError, TypeError or KeyError on a bad one."""
+    name, m, n, k = entry["design"], entry["m"], entry["n"], entry["k"]
+    per_group = entry["per_group"]
+    if name not in DESIGNS:
+        raise ValueError(f"design {name!r} is none of {', '.join(DESIGNS)}")
+    sizes = (m, n, k)
+    if not all(type(size) is int and size >= 1 for size in sizes) or bucket(m) != m:
+        raise ValueError(f"m={m!r}, n={n!r}, k={k!r} must be integers and m a power of two")
+    if type(per_group) is not bool:
+        raise ValueError(f"per_group={per_group!r} must be true or false")
+    design = DESIGNS[name]
+    config = config_from_dict(design.config, entry["config"])
+    design.check(config, m, n, k, per_group)
+    return (name, m, n, k, per_group), config
+
+
+def config_from_dict(kind: type, fields: dict[str, Any]) -> Any:
+    """The inverse of `dataclasses.asdict`. Raises ValueError on other fields or other types."""
+    types = typing.get_type_hints(kind)
+    if not isinstance(fields, dict) or fields.keys() != types.keys():
+        raise ValueError(f"config {fields!r} must have the fields {', '.join(types)}")
+    for name, value in fields.items():
+        if type(value) is not types[name]:
+            raise ValueError(f"config has {name}={value!r}, which must be {types[name].__name__}")
+    return kind(**fields)
+
+
+def _refuse(path: Path, reason: str) -> None:
+    line = " ".join(reason.split())
+    warnings.warn(f"{path}: not used, {line}: run scripts/tune_kernels.py again", stacklevel=2)

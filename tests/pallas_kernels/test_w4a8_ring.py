@@ -1,0 +1,386 @@
+"""The wgmma kernel's ring of copies, emulated: its own code, with warps in any order.
+
+Producer and consumers run as on the GPU, but for the multiplication: each warp (or warpgroup that
+multiplies) is a thread of Python, of which one runs at a time, and which stops wherever the kernel
+touches a barrier or shared memory. Who goes on, and which copy lands, is drawn at random; now and
+then one is much slower than the others. Barriers count phases as the PTX ISA says.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import threading
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qserve_jax.pallas_kernels.w4a8_matmul import mosaic_sm90
+from qserve_jax.pallas_kernels.w4a8_matmul.sm90_config import Sm90Config, choose_config
+from tests.pallas_kernels.w4a8_cases import SHAPES
+
+BASE = 4096  # where shared memory begins
+
+
+class Predicate(int):
+    def __invert__(self):
+        return Predicate(not self)
+
+
+class Word(int):
+    """An I32 with its value."""
+
+    def is_(self, other):
+        return Predicate(int(self) == other)
+
+    def __lt__(self, other):
+        return Predicate(int(self) < other)
+
+
+def _operator(name):
+    return lambda self, other: Word(getattr(int, name)(self, other))
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "and", "xor", "floordiv", "mod"):
+    setattr(Word, f"__{_name}__", _operator(f"__{_name}__"))
+for _name in ("rshift", "lshift", "or"):
+    setattr(Word, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Address:
+    value: int = 0
+
+    def advance(self, index, stride):
+        return Address(self.value + index * stride)
+
+
+@dataclasses.dataclass
+class Barrier:
+    """An mbarrier: phases done, and what the present one still waits for."""
+
+    arrivals: int
+    phases: int = 0
+    pending: int = 0
+    bytes: int = 0
+
+    def __post_init__(self):
+        self.pending = self.arrivals
+
+    def arrive(self, count=1, expected=0):
+        self.pending -= count
+        self.bytes += expected
+        assert self.pending >= 0, "more arrivals than the barrier was made for"
+        self._turn()
+
+    def complete(self, count):
+        self.bytes -= count
+        self._turn()
+
+    def _turn(self):
+        if self.pending == 0 and self.bytes == 0:
+            self.phases, self.pending = self.phases + 1, self.arrivals
+
+    def passes(self, parity):
+        """What mbarrier.try_wait.parity says: of the present phase and the last one only."""
+        return self.phases % 2 != parity
+
+
+class Stopped(Exception):
+    """Another thread has failed."""
+
+
+class Warps:
+    """Threads of which one runs at a time, and copies on their way."""
+
+    def __init__(self, seed):
+        self.rng = np.random.default_rng(seed)
+        self.agents = []
+        self.copies = []
+        self.mine = threading.local()
+        self.back = threading.Semaphore(0)
+        self.error = None
+
+    def start(self, block, run):
+        agent = types.SimpleNamespace(block=block, go=threading.Semaphore(0), done=False)
+        agent.conditions = []
+        agent.ready = lambda: True
+        agent.weight = float(self.rng.choice([1, 1, 0.02]))
+
+        def main():
+            self.mine.agent = agent
+            try:
+                self._wait_for_turn(agent)
+                run()
+            except Stopped:
+                pass
+            except BaseException as error:
+                self.error = self.error or error
+            agent.done = True
+            self.back.release()
+
+        agent.thread = threading.Thread(target=main, daemon=True)
+        agent.thread.start()
+        self.agents.append(agent)
+
+    def _wait_for_turn(self, agent):
+        agent.go.acquire()
+        if self.error is not None:
+            raise Stopped
+
+    def pause(self, ready=lambda: True):
+        """Let others run, until `ready` and chosen."""
+        agent = self.mine.agent
+        agent.ready = ready
+        self.back.release()
+        self._wait_for_turn(agent)
+        agent.ready = lambda: True
+
+    def run(self):
+        copy_weight = float(self.rng.choice([3, 0.1]))
+        while self.error is None:
+            ready = [a for a in self.agents if not a.done and a.ready()]
+            weights = np.array([a.weight for a in ready] + [copy_weight] * bool(self.copies))
+            if not weights.size:
+                if not all(a.done for a in self.agents):
+                    self.error = AssertionError("deadlock")
+                break
+            choice = self.rng.choice(len(weights), p=weights / weights.sum())
+            if choice == len(ready):  # in any order
+                try:
+                    self.copies.pop(self.rng.integers(len(self.copies)))()
+                except AssertionError as error:
+                    self.error = error
+                continue
+            ready[choice].go.release()
+            self.back.acquire()
+        for agent in self.agents:
+            agent.go.release()
+            agent.thread.join()
+        if self.error is not None:
+            raise self.error
+
+
+class Block:
+    """The shared memory of one: barriers, and what each slot holds."""
+
+    def __init__(self, p):
+        slots, config = p.config.slots, p.config
+        warps = 4 * config.row_warpgroups * config.cluster
+        self.barriers = [Barrier(1) for _ in range(slots)] + [Barrier(warps) for _ in range(slots)]
+        self.holds = [{} for _ in range(slots)]
+        self.readers = [0] * slots
+
+
+def emulate(p, seed, monkeypatch):
+    """Runs a cluster -> what was multiplied: (block, row group) -> [(tile, x, chunk, weights)]."""
+    warps = Warps(seed)
+    config, memory = p.config, p.memory
+    blocks = [Block(p) for _ in range(config.cluster)]
+    group_bytes = 4 * p.tile_bytes
+
+    def barrier(address, block=None):
+        return blocks[warps.mine.agent.block if block is None else block].barriers[address // 8]
+
+    def land(block, slot, key, tag, count, at):
+        assert all(warps.mine.agent.conditions)
+
+        def copy():
+            assert blocks[block].readers[slot] == 0, "a slot is overwritten while it is read"
+            blocks[block].holds[slot][key] = tag
+            barrier(at, block).complete(count)
+
+        return copy
+
+    def copy_to_shared(target, source, count, at):
+        slot, offset = divmod(target - BASE - memory.weights, memory.weight_bytes)
+        me = warps.mine.agent.block
+        row, rest = divmod(offset, group_bytes)
+        assert rest == 0 and count == group_bytes
+        warps.copies.append(land(me, slot, ("w", row), int(source.value), count, at))
+        warps.pause()
+
+    def copy_tile_to_shared(target, x_map, row, column, at, *, blocks):
+        slot, offset = divmod(target - BASE, memory.x_bytes)
+        count = config.tokens // config.cluster * 128
+        part, rest = divmod(offset, count)
+        assert rest == 0 and blocks == config.cluster
+        for block in range(blocks):
+            tag = (int(row), int(column))
+            warps.copies.append(land(block, slot, ("x", part), tag, count, at))
+        warps.pause()
+
+    def arrive_in_block(at, lane):
+        assert lane == 0  # stands for lanes 0..cluster - 1, one for each block
+        for block in range(config.cluster):
+            barrier(at, block).arrive(4)
+        warps.pause()
+
+    @contextlib.contextmanager
+    def when(condition):
+        """The condition of lane 0; where it is false, `release_slot` below does nothing."""
+        conditions = warps.mine.agent.conditions
+        conditions.append(bool(condition))
+        yield
+        conditions.pop()
+
+    def loop(count, carry, body):
+        for i in range(count):
+            carry = body(Word(i), carry)
+        return carry
+
+    def wait(at, parity):
+        found = barrier(at)
+        warps.pause(lambda: found.passes(parity))
+
+    def arrive(at):
+        barrier(at).arrive(4)  # stands for the four warps of a warpgroup
+        warps.pause()
+
+    def expect_bytes(at, count):
+        barrier(at).arrive(expected=count)
+        warps.pause()
+
+    ptx = types.SimpleNamespace(
+        set_max_registers=lambda count, increase: None,
+        constant=Word,
+        select=lambda condition, yes, no: Word(yes if condition else no),
+        minimum=lambda a, b: Word(min(a, b)),
+        **{"when": when, "loop": loop, "wait": wait, "arrive": arrive},
+        **{"expect_bytes": expect_bytes, "copy_to_shared": copy_to_shared},
+        **{"copy_tile_to_shared": copy_tile_to_shared, "arrive_in_block": arrive_in_block},
+        wgmma_descriptor=lambda address: Word(0),
+        wgmma_fence=lambda registers: registers,
+        wgmma_s8=lambda acc, a, descriptor: acc,
+        wgmma_commit=lambda: warps.pause(),
+        wgmma_wait=lambda acc, a: acc,
+        wgmma_wait_for_older=lambda a: warps.pause(),
+    )
+    monkeypatch.setattr(mosaic_sm90, "ptx", ptx)
+    seen = {}
+
+    def load_weights(p, t, me, slot):
+        """What the slot holds is what is multiplied; it must stay so until the release."""
+        blocks[t.rank].readers[slot] += 1
+        holds = blocks[t.rank].holds[slot]
+        parts = tuple(holds["x", part] for part in range(config.cluster))
+        seen.setdefault((int(t.rank), me.row_group, me.k_group), []).append(
+            (parts, holds["w", me.row_group])
+        )
+        warps.pause()
+        return [Word(0)] * 8, None
+
+    release = mosaic_sm90._release
+
+    def release_slot(p, t, slot):
+        if not all(warps.mine.agent.conditions):
+            return
+        blocks[t.rank].readers[slot] -= 1
+        release(p, t, slot)
+
+    monkeypatch.setattr(mosaic_sm90, "_load_weights", load_weights)
+    monkeypatch.setattr(mosaic_sm90, "_release", release_slot)
+
+    def thread(rank, warp):
+        t = object.__new__(mosaic_sm90._Block)
+        t.__dict__.update(
+            warp=Word(warp),
+            lane=Word(0),
+            rank=Word(rank),
+            first_tile=Word(0),
+            tiles=-(-p.tiles // p.clusters),
+            gmem={"w": Address()},
+            x_map=None,
+            shared=Word(BASE),
+            _full=Word(0),
+            _empty=Word(8 * config.slots),
+        )
+        return t
+
+    def consume(t, row_group, k_group):
+        me: Any = types.SimpleNamespace(row_group=row_group, k_group=k_group)
+        ring: Any = [Word(0), Word(0)]
+        for _ in range(t.tiles):
+            ring = mosaic_sm90._multiply(p, t, me, ring)[1]
+
+    for rank in range(config.cluster):
+        for warp in range(4):
+            produce = functools.partial(mosaic_sm90._produce, p, thread(rank, warp))
+            warps.start(rank, produce)
+        for place in np.ndindex(config.row_warpgroups, config.k_warpgroups):
+            warps.start(rank, functools.partial(consume, thread(rank, 0), *place))
+    warps.run()
+    return seen
+
+
+def expected(p, rank, row, k_group):
+    """Every chunk of every tile of cluster 0, once: of these channels and tokens."""
+    config = p.config
+    group_bytes = 4 * p.tile_bytes
+    for tile in range(0, p.tiles, p.clusters):
+        first = tile % p.token_tiles * config.tokens
+        block = tile // p.token_tiles * config.cluster + rank
+        group = min(block * config.row_warpgroups + row, p.n // 64 - 1)
+        for step in range(p.steps):
+            chunk = step * config.k_warpgroups + k_group
+            part = config.tokens // config.cluster
+            x = tuple((first + i * part, chunk * 128) for i in range(config.cluster))
+            weights = (group * p.chunks + min(chunk, p.chunks - 1)) * group_bytes
+            yield x, weights
+
+
+def problem(config, m, n, k):
+    flags = {"per_group": False, "bias": False, "residual": None, "out_dtype": "bfloat16"}
+    return mosaic_sm90._Problem(m, n, k, None, **flags, config=config)
+
+
+CASES = [  # m, n, k, config: K/128 odd, even, less than k_warpgroups; a last tile beyond N
+    (64, 64, 128, Sm90Config(64, 1, 1, 4, 1)),
+    (64, 33792, 640, Sm90Config(64, 1, 1, 5, 1)),
+    (129, 33792, 896, Sm90Config(64, 2, 1, 7, 1)),
+    (64, 192, 1152, Sm90Config(64, 4, 1, 5, 1)),
+    (64, 50688, 1664, Sm90Config(64, 2, 2, 2, 1)),
+    (64, 33792, 384, Sm90Config(64, 1, 2, 5, 1)),
+    (64, 33792, 640, Sm90Config(64, 1, 4, 2, 1)),
+    (128, 64, 384, Sm90Config(32, 1, 4, 3, 1)),
+    (512, 50816, 640, Sm90Config(256, 2, 1, 5, 2)),
+    (64, 67584, 384, Sm90Config(64, 2, 2, 3, 2)),
+    (128, 67584, 640, Sm90Config(128, 4, 1, 4, 1)),  # too few registers to overlap steps
+]
+
+
+@pytest.mark.parametrize("m, n, k, config", CASES)
+def test_each_chunk_is_multiplied_once_whatever_the_order(m, n, k, config, monkeypatch):
+    p = problem(config, m, n, k)
+    mosaic_sm90.check_config(config, m, n, False)
+    for seed in range(10):
+        with monkeypatch.context() as patch:
+            seen = emulate(p, seed, patch)
+        assert len(seen) == config.cluster * config.warpgroups
+        for (rank, row, k_group), found in seen.items():
+            assert found == list(expected(p, rank, row, k_group))
+
+
+@pytest.mark.parametrize("config", [Sm90Config(64, 1, 1, 3, 1), Sm90Config(48, 1, 3, 2, 1)])
+def test_a_ring_that_is_refused_fails(config, monkeypatch):
+    """So the emulation can: a warp that copies comes two rounds ahead, to the same parity."""
+    p = problem(config, 64, 64, 3840)
+    with pytest.raises(ValueError, match="cannot run"):
+        mosaic_sm90.check_config(config, 64, 64, False)
+    failures = 0
+    for seed in range(20):
+        with monkeypatch.context() as patch:
+            try:
+                emulate(p, seed, patch)
+            except (AssertionError, KeyError):
+                failures += 1
+    assert failures
+
+
+def test_the_heuristic_s_rings_are_of_those_kinds():
+    """A slot for each copying warp, and k_warpgroups that turn with the four warps."""
+    for n, k in SHAPES:
+        for m in (33, 64, 100, 128, 256, 1024, 4096):
+            config = choose_config(m, n, k, True)
+            assert config.slots >= 4 and config.k_warpgroups in (1, 2, 4)

@@ -1,0 +1,316 @@
+"""The Hopper matmul on any host: it lowers for CUDA, and its configs fit."""
+
+import dataclasses
+import itertools
+import time
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from qserve_jax.benchmarks.shapes import TOKENS
+from qserve_jax.pallas_kernels import backend, prepare, quantized_matmul, w4a8_matmul
+from qserve_jax.pallas_kernels.w4a8_matmul import mosaic_sm90, sm90_config, to_kernel_layout
+from qserve_jax.pallas_kernels.w4a8_matmul.problem import INT32_SUMS
+from qserve_jax.pallas_kernels.w4a8_matmul.sm90_config import Sm90Config
+from qserve_jax.quantization.qtensor import is_quantized
+from tests.pallas_kernels.w4a8_cases import (
+    SHAPES,
+    SMALL_SHAPES,
+    every_kind,
+    lower,
+    lower_matmul,
+    make_activation,
+    make_weight,
+    mosaic_module,
+    operations,
+    shape_only,
+)
+
+FAMILIES = [  # a matrix of each model, with an M: 64-token tiles, whole and odd, up to clusters
+    *[(64, 28672, 4096, "bfloat16"), (128, 4096, 4096, "float16"), (257, 4096, 14336, "float32")],
+    *[(33, 3584, 18944, "bfloat16"), (129, 4096, 11008, "float16")],
+    *[(4096, 57344, 8192, "bfloat16"), (1000, 8192, 29568, "bfloat16"), (65, 64, 128, "float16")],
+]
+
+
+def name_of(per_group: bool, design: str = "wgmma") -> str:
+    return f"w4a8_matmul_{'g128' if per_group else 'channel'}_{design}"
+
+
+def check_lowered(per_group: bool, m: int, n: int, k: int, dtype: str) -> None:
+    """One kernel, weights read in place, and x touched by nothing but reshapes.
+
+    convert: of the bias to float32. Of float32 residuals XLA does the addition.
+    """
+    text = lower_matmul("mosaic_sm90", per_group, m, n, k, dtype)
+    assert name_of(per_group, "wgmma" if m > 32 else "mma") in text
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
+    added = {"add"} if dtype == "float32" and m > 32 else set()
+    assert operations(text) <= {"custom_call", "reshape", "convert"} | added
+
+
+@every_kind
+@pytest.mark.parametrize("m, n, k, dtype", FAMILIES)
+def test_lowers_for_cuda_and_reads_everything_in_place(per_group, m, n, k, dtype):
+    check_lowered(per_group, m, n, k, dtype)
+
+
+@pytest.mark.slow
+@every_kind
+@pytest.mark.parametrize("n, k", SHAPES)
+def test_every_shape_lowers_with_every_number_of_tokens(per_group, n, k):
+    for m in (*TOKENS, 3, 17, 33, 257):
+        check_lowered(per_group, m, n, k, "bfloat16")
+
+
+@pytest.mark.parametrize("m, n, k", [(64, 4096, 4096), (257, 28672, 4096), (16, 4096, 4096)])
+@pytest.mark.parametrize("name", ["mosaic_sm90", "mosaic_mma"])
+def test_an_instance_lowers_within_two_seconds(name, m, n, k):
+    lower_matmul(name, True, 1, 64, 128)  # what is imported and built once
+    start = time.process_time()
+    lower_matmul(name, True, m, n, k, "float16")
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize("m", [1, 16, 32])
+def test_few_tokens_go_to_mma_sync(m):
+    arch, text = mosaic_module(lower_matmul("mosaic_sm90", True, m, 4096, 4096))
+    assert arch == (8, 0) and name_of(True, "mma") in text and "wgmma" not in text
+
+
+@pytest.mark.parametrize("n, k", [*SHAPES, *SMALL_SHAPES])
+def test_the_heuristic_fits_every_shape_and_keeps_the_sms_busy(n, k):
+    sizes = {1, 3, 8, 8192, 8191, *TOKENS, *(m + 1 for m in TOKENS), *(2**i - 1 for i in range(13))}
+    for m, per_group in itertools.product(sizes - {0}, (True, False)):
+        chosen = sm90_config.choose_config(m, n, k, per_group)
+        sm90_config.check_config(chosen, m, n, per_group)
+        assert 2 * chosen.tokens < max(4 * m, 65)  # no tile is mostly beyond the tokens
+        clusters, tiles = sm90_config.grid(chosen, m, n)
+        assert clusters * chosen.cluster <= sm90_config.SMS
+        if n * m >= 2**19:
+            waves = -(-tiles // clusters)
+            assert tiles * chosen.cluster >= 0.55 * waves * sm90_config.SMS
+
+
+@pytest.mark.parametrize("per_group", [True, False])
+def test_shared_memory_regions_do_not_overlap(per_group):
+    chosen = Sm90Config(tokens=64, row_warpgroups=2, k_warpgroups=2, stages=3, cluster=1)
+    one_tile = sm90_config.shared_memory(chosen, 64, 4096, per_group)
+    assert one_tile.x_bytes == 64 * 128 and one_tile.x_bytes % 1024 == 0  # swizzled from there
+    assert one_tile.weight_bytes == 8 * (1056 if per_group else 1024)
+    assert one_tile.weights == 6 * one_tile.x_bytes
+    slots_end = one_tile.weights + 6 * one_tile.weight_bytes
+    partial_bytes = 1 * 128 * 64 * 4  # from one warpgroup of each two, 128 channels
+    assert one_tile.partials == 0 and one_tile.columns == max(slots_end, partial_bytes)
+    assert one_tile.column_bytes == (1 if per_group else 2) * 4 * 64
+    assert one_tile.size - one_tile.columns == 4 * 2 * one_tile.column_bytes
+    assert one_tile.barriers == 12
+    several = sm90_config.shared_memory(chosen, 640, 4096, per_group)  # 320 tiles
+    assert several.partials == slots_end
+    assert several.columns == slots_end + partial_bytes
+    for offset in (one_tile.weights, one_tile.weight_bytes, one_tile.columns, several.partials):
+        assert offset % 16 == 0
+
+
+GOOD = Sm90Config(tokens=64, row_warpgroups=2, k_warpgroups=2, stages=2, cluster=1)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"tokens": 0}, "all fields must be at least 1"),
+        ({"tokens": 72}, "tokens must be one of"),
+        ({"row_warpgroups": 3}, r"row_warpgroups \* k_warpgroups must be at most 4"),
+        ({"tokens": 24}, "tokens must be a multiple of 8 k_warpgroups"),
+        (
+            {"tokens": 24, "k_warpgroups": 1, "stages": 4, "cluster": 2},
+            "tokens must be a multiple of 8 cluster",
+        ),
+        ({"cluster": 4}, "cluster must be 1 or 2"),
+        ({"stages": 1}, "stages must be at least 2"),
+        ({"row_warpgroups": 1, "k_warpgroups": 3, "tokens": 48}, "k_warpgroups must be 1, 2 or 4"),
+        ({"k_warpgroups": 1, "stages": 3}, "k_warpgroups .* stages must be at least 4"),
+        ({"tokens": 256}, r"needs 172 registers of \d+"),
+        ({"stages": 12}, r"takes \d+ bytes of shared memory"),
+    ],
+)
+def test_config_errors(change, message):
+    sm90_config.check_config(GOOD, 64, 1024, True)
+    with pytest.raises(ValueError, match=message):
+        sm90_config.check_config(dataclasses.replace(GOOD, **change), 64, 1024, True)
+
+
+def test_a_config_that_cannot_run_is_refused_by_the_matmul(rng):
+    w = to_kernel_layout(make_weight(True, rng, (64, 256)))
+    with pytest.raises(ValueError, match="stages=1, cluster=1.* cannot run: stages must"):
+        mosaic_sm90.matmul(
+            make_activation(rng, 2, 256), w, config=dataclasses.replace(GOOD, stages=1)
+        )
+
+
+def test_refusals(rng):
+    w = make_weight(True, rng, (64, 256))
+    packed = to_kernel_layout(w)
+    x = make_activation(rng, 65, 256)
+    with pytest.raises(NotImplementedError, match="layout 'canonical' is not 'mma_w4': use prep"):
+        w4a8_matmul(x, w, backend="mosaic_sm90")
+    with pytest.raises(NotImplementedError, match="x has no tokens, but needs at least 1"):
+        w4a8_matmul(make_activation(rng, 0, 256), packed, backend="mosaic_sm90")
+    with pytest.raises(NotImplementedError, match="out_dtype int8 is none of"):
+        w4a8_matmul(x, packed, out_dtype=jnp.int8, backend="mosaic_sm90")
+    with pytest.raises(NotImplementedError, match="residual float64 is none of"):
+        residual: Any = jax.ShapeDtypeStruct((65, 64), np.float64)
+        mosaic_sm90.gather("mosaic_sm90", x, packed, None, residual, None, "float16")
+
+
+# Transformations
+
+
+@pytest.mark.parametrize("name", ["mosaic_sm90", "mosaic_mma"])
+def test_has_no_derivative_and_says_so(name, rng):
+    x, w = make_activation(rng, 64, 256), to_kernel_layout(make_weight(True, rng, (64, 256)))
+
+    def loss(scale):
+        return w4a8_matmul(dataclasses.replace(x, scale=scale), w, backend=name).sum()
+
+    with pytest.raises(NotImplementedError, match="g128_.* has no derivative: differentiate the"):
+        jax.jit(jax.grad(loss)).trace(x.scale)
+
+
+@pytest.mark.parametrize("name", ["mosaic_sm90", "mosaic_mma"])
+def test_vmap_is_a_loop_over_one_kernel(name):
+    x, w = shape_only(True, 64, 256, 256)
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((3, *leaf.shape), leaf.dtype), x)
+
+    def run(x, w):
+        return jax.vmap(lambda x: w4a8_matmul(x, w, layer=1, backend=name))(x)
+
+    assert jax.eval_shape(run, batch, w).shape == (3, 64, 256)
+    text = lower(run, batch, w)
+    assert "while" in operations(text)
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", ["mosaic_sm90", "mosaic_mma"])
+@every_kind
+def test_shard_map_over_n_and_over_k(name, per_group, check_vma):
+    """Of two devices each has half the channels, or half the features: then the sums are added."""
+    x, w = shape_only(per_group, 64, 256, 512, layers=1)
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    nothing = jax.tree.map(lambda _: P(), w)
+    per_channel = {
+        field: P(None, "d") for field in ("channel_scale", "scaled_zero") if hasattr(w, field)
+    }
+
+    def program(run, specs, out_specs):
+        mapped = jax.shard_map(
+            run, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=check_vma
+        )
+        assert jax.eval_shape(mapped, x, w).shape == (64, 256)
+        return mosaic_module(lower(mapped, x, w))[1]
+
+    def over_n(x, w):
+        return w4a8_matmul(x, w, layer=0, backend=name)
+
+    def over_k(x, w):
+        y = w4a8_matmul(x, w, layer=0, out_dtype=jnp.float32, backend=name)
+        return jax.lax.psum(y, "d")
+
+    channels = dataclasses.replace(nothing, codes=P(None, "d"), **per_channel)
+    half = program(over_n, (jax.tree.map(lambda _: P(), x), channels), P(None, "d"))
+    features = dataclasses.replace(nothing, codes=P(None, None, "d"))
+    columns = dataclasses.replace(jax.tree.map(lambda _: P(), x), codes=P(None, "d"))
+    other = program(over_k, (columns, features), P())
+    words = 264 if per_group else 256
+    assert f"memref<1x2x4x4x{words}xi32" in half  # N/64, K/128
+    assert f"memref<1x4x2x4x{words}xi32" in other
+
+
+# Dispatch
+
+
+@every_kind
+def test_the_reference_reads_the_packed_layout(per_group, rng):
+    """What default dispatch does where no kernel can run."""
+    w = make_weight(per_group, rng, (3, 64, 256))
+    x = make_activation(rng, 5, 256)
+    packed = to_kernel_layout(w)
+    for layer in (0, 2):
+        expected = quantized_matmul(x, w, layer=layer, backend="reference")
+        np.testing.assert_array_equal(
+            quantized_matmul(x, packed, layer=layer, backend="reference"), expected
+        )
+    with pytest.raises(ValueError, match="layer=3 but the weight codes have layers 0..2"):
+        quantized_matmul(x, packed, layer=3)
+    with pytest.raises(ValueError, match="x has k=256 but weight has K=128"):
+        quantized_matmul(x, to_kernel_layout(make_weight(per_group, rng, (64, 128))))
+
+
+def test_prepare_packs_what_fits_for_a_named_backend(rng):
+    layers = {
+        "o_proj": {"kernel": make_weight(True, rng, (2, 64, 128))},
+        "down_proj": {"kernel": make_weight(True, rng, (2, 32, 128))},
+        "attn_norm": {"scale": jnp.ones((2, 128))},
+    }
+    canonical = prepare.prepare_for_backend({"layers": layers}, "reference")
+    assert canonical["layers"]["o_proj"]["kernel"].layout == "canonical"
+    packed = prepare.prepare_for_backend({"layers": layers}, "mosaic_sm90")["layers"]
+    expected = to_kernel_layout(layers["o_proj"]["kernel"])
+    jax.tree.map(np.testing.assert_array_equal, packed["o_proj"]["kernel"], expected)
+    assert packed["down_proj"]["kernel"].layout == "canonical"
+    assert all(not is_quantized(leaf) for leaf in packed["attn_norm"].values())
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A GPU whose compute capability a test sets."""
+    found = types.SimpleNamespace(compute_capability="9.0", device_kind="NVIDIA X", platform="gpu")
+    monkeypatch.delenv(backend.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda *_: [found])
+    return found
+
+
+@pytest.mark.parametrize(
+    "capability, m, design",
+    [
+        *[("9.0", 64, "wgmma"), ("9.0", 16, "mma"), ("8.0", 64, "mma"), ("8.9", 64, "mma")],
+        *[("10.0", 64, "mma"), ("7.5", 64, None)],
+    ],
+)
+def test_the_device_decides(device, capability, m, design):
+    device.compute_capability = capability
+    x, w = shape_only(True, m, 256, 256)
+    text = lower(lambda x, w: w4a8_matmul(x, w, layer=0), x, w)
+    assert ("mosaic_gpu" in text) == (design is not None)
+    if design:
+        assert name_of(True, design) in text
+
+
+def test_why_it_cannot_run_here(device, monkeypatch):
+    assert backend.unavailable("mosaic_sm90") is None
+    assert backend.usable(None) == backend.BACKENDS
+    device.compute_capability = "8.0"
+    assert "needs compute capability 9.0 (Hopper), this GPU has 8.0" in str(
+        backend.unavailable("mosaic_sm90")
+    )
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert "JAX computes on cpu" in str(backend.unavailable("mosaic_sm90"))
+    assert backend.usable(None) == ("reference",)
+    assert backend.usable("mosaic_sm90") == ("mosaic_sm90",)  # named: to lower it for elsewhere
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "mosaic_sm90")
+    assert backend.usable(None) == ("mosaic_sm90",)
+
+
+def test_sums_are_int32():
+    x, w = shape_only(True, 64, 256, 256)
+    run = jax.eval_shape(
+        lambda x, w: w4a8_matmul(x, w, layer=0, out_dtype=INT32_SUMS, backend="mosaic_sm90"), x, w
+    )
+    assert run.dtype == jnp.int32

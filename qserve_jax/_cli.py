@@ -292,20 +292,30 @@ def quiet_libraries() -> None:
     logging.getLogger("jax").handlers = [_OneLineHandler(logging.WARNING)]
 
 
-def enable_compilation_cache() -> None:
-    """Let JAX keep compiled programs on disk, so that a second run starts at once.
+def cache_folder() -> str:
+    """Where compiled programs are to be kept; ~ stands as it is.
 
     In $QSERVE_JAX_CACHE; else where JAX was told to (JAX_COMPILATION_CACHE_DIR); else in
-    qserve_jax under $XDG_CACHE_HOME or ~/.cache. Warns, and goes on without, if it is unwritable.
+    qserve_jax under $XDG_CACHE_HOME or ~/.cache.
     """
     import jax
 
     user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = (
+    return (
         os.environ.get("QSERVE_JAX_CACHE")
         or jax.config.jax_compilation_cache_dir
         or f"{user_cache}/qserve_jax"
     )
+
+
+def enable_compilation_cache() -> None:
+    """Let JAX keep compiled programs in `cache_folder`, so that a second run starts at once.
+
+    Warns, and goes on without, if it is unwritable.
+    """
+    import jax
+
+    folder = cache_folder()
     try:
         folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)

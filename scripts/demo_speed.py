@@ -19,9 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from provenance import ROOT, provenance
-
 from qserve_jax import LLM, SamplingParams
+from qserve_jax.benchmarks.provenance import ROOT, provenance
 
 MODEL = ROOT / "qserve_jax" / "assets" / "demo"
 PROMPT = "Once upon a time"

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from provenance import ROOT, provenance
 from tinystories import held_out, join_stories, load_stories
 from tokenizers import Tokenizer
 
 from qserve_jax import QuantConfig, quantize_params
+from qserve_jax.benchmarks.provenance import ROOT, provenance
 from qserve_jax.checkpoint import LoadedModel, load_model
 from qserve_jax.models import CausalLM
 from qserve_jax.runtime.perplexity import Perplexity, loss_difference

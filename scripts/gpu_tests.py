@@ -16,11 +16,13 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import jax
-from provenance import ROOT, provenance
+
+from qserve_jax.benchmarks.provenance import ROOT, provenance
 
 FILES = (
     "tests/quantization/test_numerics.py",
     "tests/quantization/test_numerics_gpu.py",
+    "tests/benchmarks",
     "tests/pallas_kernels",
     "tests/models/test_golden.py",
     "tests/runtime/test_engine.py",

@@ -28,6 +28,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 def pytest_configure(config):
     """Run on the CPU unless `-m gpu` asks otherwise."""
     if re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        # Several processes share the GPU: none takes its memory beforehand.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         return
     os.environ["JAX_PLATFORMS"] = "cpu"
     if "jax" in sys.modules:  # a conftest.py below this one has imported it

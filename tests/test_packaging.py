@@ -52,7 +52,7 @@ def test_wheel_holds_every_module(wheel):
 
 def test_wheel_holds_the_data(wheel):
     assets = {p for p in (ROOT / "qserve_jax" / "assets").rglob("*") if p.is_file()}
-    tuned = (ROOT / "pallas_kernels" / "tuned").glob("*.json")
+    tuned = (ROOT / "pallas_kernels" / "w4a8_matmul" / "tuned").glob("*.json")
     data = {"qserve_jax/py.typed"} | {str(path.relative_to(ROOT)) for path in assets}
     data |= {f"qserve_jax/{path.relative_to(ROOT)}" for path in tuned}
     assert data <= names(wheel)

@@ -1,0 +1,169 @@
+"""Measure the kernels on this GPU: `python -m qserve_jax.bench kernels`.
+
+stdout holds the table (or CSV, or JSON); progress, problems and errors go to stderr. Exit codes: 0,
+2 for wrong flags, 1 for any other error and for cases that could not be measured, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qserve_jax import _cli
+from qserve_jax._cli import UsageError
+
+if TYPE_CHECKING:
+    from qserve_jax.benchmarks.report import Report
+
+# Copies of those in qserve_jax.benchmarks, which a test compares.
+MODELS = ("llama3-8b", "qwen2.5-7b", "llama2-7b", "llama3-70b", "qwen2.5-72b")
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+FORMATS = ("table", "csv", "json")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with these arguments (default: the process's); returns the exit code."""
+    return _cli.run("qserve_jax.bench", bench, argv)
+
+
+def bench(argv: Sequence[str]) -> None:
+    """Check the flags, measure, print. Raises UsageError before anything runs; RuntimeError where
+    cases could not be measured, after the results of the others are printed."""
+    args = build_parser().parse_args(argv)
+    if not args.debug:
+        _cli.quiet_libraries()
+    from qserve_jax.benchmarks import plot, report
+
+    shapes = checked_shapes(args)
+    saved = checked_save(args)
+    if args.plot and not plot.can_plot():
+        raise UsageError("--plot needs matplotlib: pip install 'qserve_jax[plot]'")
+    found, problems = (saved, []) if args.no_run else measure(args, shapes, saved)
+    assert found is not None  # of --no-run, by checked_save
+    print(report.FORMATS[args.output](found))
+    if args.plot:
+        plot.plot_roofline(found, args.plot)
+    if problems:
+        more = f"; {len(problems) - 1} more above" if len(problems) > 1 else ""
+        raise ValueError(f"not measured: {problems[0]}{more}")
+
+
+def build_parser() -> _cli.Parser:
+    """The flags of the command."""
+    parser = _cli.Parser(
+        prog="python -m qserve_jax.bench",
+        description="Measure the kernels on this GPU, beside XLA's and torch's.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    kernels = commands.add_parser(
+        "kernels",
+        help="kernel times by CUPTI, weights out of the cache",
+        description="Kernel times by CUPTI, medians of 20 calls with weights out of the cache.",
+        allow_abbrev=False,
+    )
+    add, positive = kernels.add_argument, _cli.whole_number(1)
+    # fmt: off
+    add("--op", choices=("matmul",), default="matmul", help="(default: %(default)s)")
+    add("--shapes", nargs="+", metavar="NxK", default=[],
+        help="out features x in features, as 28672x4096")
+    add("--model-shape", nargs="+", choices=MODELS, metavar="MODEL", default=[],
+        help=f"those of a model: {', '.join(MODELS)} (default: llama3-8b)")
+    add("--tokens", nargs="+", type=positive, metavar="M", default=list(TOKENS),
+        help=f"(default: {' '.join(map(str, TOKENS))})")
+    add("--group-size", nargs="+", type=int, choices=(128, -1), default=[128, -1],
+        help="input features per scale, -1 for one per channel (default: both)")
+    add("--backend", nargs="+", choices=_cli.BACKENDS[1:], metavar="NAME", default=[],
+        help=f"{', '.join(_cli.BACKENDS[1:])} (default: the kernels that can run here)")
+    add("--output", choices=FORMATS, default="table", help="(default: table)")
+    add("--save", type=Path, metavar="FILE",
+        help="write JSON after every row; what the file already has is not measured again")
+    add("--no-run", action="store_true", help="measure nothing, show what --save FILE has")
+    add("--plot", type=Path, metavar="FILE.png", help="draw the share of the ceiling over M")
+    add("--quiet", action="store_true", help="only errors and warnings on stderr")
+    add("--debug", action="store_true", help="tracebacks, and all JAX has to say")
+    # fmt: on
+    return parser
+
+
+def checked_shapes(args: argparse.Namespace) -> tuple[tuple[int, int], ...]:
+    """(N, K) of --shapes and --model-shape, each once. Raises UsageError."""
+    from qserve_jax.benchmarks.shapes import MODEL_SHAPES, parse_shape
+
+    try:
+        shapes = [parse_shape(text) for text in args.shapes]
+    except ValueError as error:
+        raise UsageError(f"--shapes {error}") from None
+    models = args.model_shape or ([] if shapes else ["llama3-8b"])
+    for model in models:
+        shapes += MODEL_SHAPES[model]
+    return tuple(dict.fromkeys(shapes))
+
+
+def checked_save(args: argparse.Namespace) -> Report | None:
+    """What --save FILE holds. Raises UsageError where it is of no use."""
+    from qserve_jax.benchmarks.report import read_report
+
+    if args.save is None:
+        if args.no_run:
+            raise UsageError("--no-run shows saved results: name their --save FILE")
+        return None
+    if not args.save.parent.is_dir():
+        raise UsageError(f"--save {args.save}: there is no folder {args.save.parent}, make it")
+    try:
+        saved = read_report(args.save)
+    except ValueError as error:
+        raise UsageError(f"--save {error}") from None
+    if args.no_run and saved is None:
+        raise UsageError(f"--no-run: there is no file {args.save}, leave --no-run out to measure")
+    return saved
+
+
+def measure(
+    args: argparse.Namespace, shapes: tuple[tuple[int, int], ...], saved: Report | None
+) -> tuple[Report, list[str]]:
+    """The report, and a line for every case that could not be measured. Raises ValueError where
+    this machine cannot measure, or the saved report is of another one."""
+    from qserve_jax.benchmarks import clock
+    from qserve_jax.benchmarks.matmul import Bench, Sweep, run_sweep
+    from qserve_jax.benchmarks.report import check_same_origin, empty_report, write_report
+
+    _cli.enable_compilation_cache()
+    backends = tuple(args.backend) or runnable_backends()
+    clock.check_available()
+    here = empty_report()
+    if saved is not None:
+        check_same_origin(saved, here)
+
+    def save(report: Report) -> None:
+        if args.save:
+            write_report(args.save, report)
+
+    def say(line: str) -> None:
+        if not args.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    sweep = Sweep(shapes, tuple(dict.fromkeys(args.tokens)), tuple(args.group_size), backends)
+    bench = Bench(clock.call_times, saved or here, save, say)
+    run_sweep(sweep, bench)
+    return bench.report, bench.problems
+
+
+def runnable_backends() -> tuple[str, ...]:
+    """The matmul kernels that can run here. Raises ValueError where there is none."""
+    from qserve_jax.pallas_kernels import backend
+    from qserve_jax.pallas_kernels.w4a8_matmul.api import W4A8_BACKENDS
+
+    kernels = [name for name in backend.BACKENDS[:-1] if name in W4A8_BACKENDS]
+    reasons = {name: backend.unavailable(name) for name in kernels}
+    names = tuple(name for name, reason in reasons.items() if reason is None)
+    if not names:
+        raise ValueError(f"no kernel can run here: {'; '.join(map(str, reasons.values()))}")
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""W4A8 matmuls beside XLA's and torch's: every column by one clock, weights out of the cache.
+
+`clock.PROTOCOL` says how times are taken. A row is kept only if its output equals the reference's
+bit for bit and memory can be that fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qserve_jax.benchmarks import baselines
+from qserve_jax.benchmarks.ceilings import measure_ceilings, memory_ceiling
+from qserve_jax.benchmarks.clock import Clock
+from qserve_jax.benchmarks.compile import Compiled, call, compile_all
+from qserve_jax.benchmarks.operands import (
+    copies_of,
+    first_tokens,
+    make_activation,
+    make_plain_weights,
+    make_weight,
+)
+from qserve_jax.benchmarks.report import Report, baseline, has_row
+from qserve_jax.benchmarks.shapes import Shape
+from qserve_jax.pallas_kernels import w4a8_matmul
+from qserve_jax.pallas_kernels.w4a8_matmul import from_kernel_layout, take_layer
+from qserve_jax.quantization.qtensor import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What to measure: every backend and group size (128, -1) at every (N, K) and M."""
+
+    shapes: tuple[Shape, ...]
+    tokens: tuple[int, ...]
+    group_sizes: tuple[int, ...]
+    backends: tuple[str, ...]
+
+
+@dataclasses.dataclass
+class Bench:
+    """What a sweep works with: the clock, the report that it fills, and whom it tells.
+
+    save is called after every row; problems are lines about what could not be measured.
+    """
+
+    clock: Clock
+    report: Report
+    save: Callable[[Report], None]
+    say: Callable[[str], None]
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+    def problem(self, line: str) -> None:
+        self.problems.append(line)
+        self.say(line)
+
+    def median_us(self, run: Compiled, fixed: tuple, rotating: list[Any]) -> float:
+        """Of run(*fixed, one of rotating)."""
+        return statistics.median(
+            self.clock(lambda i: call(run, *fixed, rotating[i % len(rotating)]))
+        )
+
+    def believes(self, place: str, gbps: float) -> bool:
+        """Whether memory can be that fast; a problem where not."""
+        ceiling = memory_ceiling(self.report["ceilings"])
+        if gbps > ceiling:
+            self.problem(
+                f"{place}: {gbps:.0f} GB/s is above the {ceiling:.0f} GB/s of memory: rejected as "
+                "a measuring error"
+            )
+        return gbps <= ceiling
+
+
+def run_sweep(sweep: Sweep, bench: Bench) -> None:
+    """Measure what the report lacks. One case that fails is a problem and does not end the rest."""
+    if not bench.report["ceilings"]:
+        bench.say("ceilings: copy and read of 1 GiB, bf16 and int8 products of 8192 x 8192")
+        bench.report["ceilings"] = measure_ceilings(bench.clock)
+        bench.save(bench.report)
+    for n, k in sweep.shapes:
+        for group_size in sweep.group_sizes:
+            _measure_ours(sweep, n, k, group_size, bench)
+    for n, k in sweep.shapes:  # last: XLA's search for its fastest kernels takes most of the time
+        _measure_baselines(sweep, n, k, bench)
+
+
+def _measure_baselines(sweep: Sweep, n: int, k: int, bench: Bench) -> None:
+    tokens = [m for m in sweep.tokens if baseline(bench.report, m, n, k) is None]
+    if not tokens:
+        return
+    bench.say(f"bf16, int8 and fp8 {n}x{k}: compile for m={tokens}")
+    made = baselines.xla_activations(make_activation(max(sweep.tokens), k))
+    host = jax.device_get(made)
+    rotating = baselines.xla_weights(
+        [make_plain_weights(n, k, seed) for seed in range(copies_of(n * k))]
+    )
+    x = {m: first_tokens(host, m) for m in tokens}
+    jobs = {
+        (m, name): (run, (x[m][name], rotating[name][0]))
+        for m in tokens
+        for name, run in baselines.XLA.items()
+    }
+    compiled = compile_all(jobs, at_once=1)
+    torch = _torch_fp8(n, k, bench)
+    for m in tokens:
+        times: dict[str, Callable[[], float]] = {
+            name: functools.partial(
+                bench.median_us, compiled[m, name], (x[m][name],), rotating[name]
+            )
+            for name in baselines.XLA
+        }
+        for scales in ("tensor", "row") if torch else ():
+            name = f"fp8_torch_{scales}_us"
+            times[name] = functools.partial(torch.median_us, m, scales, bench.clock)
+        found = {name: _column(times.get(name), name, m, n, k, bench) for name in baselines.COLUMNS}
+        bench.report["baselines"].append({"m": m, "n": n, "k": k, **found})
+        for row in bench.report["rows"]:
+            if (row["m"], row["n"], row["k"]) == (m, n, k):
+                row |= _baseline_columns(bench.report, m, n, k)
+        bench.save(bench.report)
+    if torch:
+        torch.free()
+
+
+def _torch_fp8(n: int, k: int, bench: Bench) -> Any:
+    """None, and a line about it, where torch cannot."""
+    reason = baselines.why_no_torch()
+    try:
+        if reason is None:
+            return baselines.TorchFp8(n, k)
+    except Exception as error:  # a library that is not ours must not end the sweep
+        reason = _line(error)
+    bench.say(f"fp8 is XLA's alone: {reason}")
+    return None
+
+
+def _column(
+    time: Callable[[], float] | None, name: str, m: int, n: int, k: int, bench: Bench
+) -> float | None:
+    """Microseconds of a baseline; None where there are none to believe."""
+    if time is None:
+        return None
+    place = f"{name.removesuffix('_us')} {n}x{k} m={m}"
+    bench.say(place)
+    try:
+        us = time()
+    except Exception as error:
+        bench.problem(f"{place}: {_line(error)}")
+        return None
+    gbps = baselines.COLUMNS[name] * n * k / us / 1e3
+    return us if bench.believes(place, gbps) else None
+
+
+def _measure_ours(sweep: Sweep, n: int, k: int, group_size: int, bench: Bench) -> None:
+    wanted = {"group_size": group_size, "n": n, "k": k}
+    missing = [
+        (backend, m)
+        for backend in sweep.backends
+        for m in sweep.tokens
+        if not has_row(bench.report, backend=backend, m=m, **wanted)
+    ]
+    if not missing:
+        return
+    bench.say(f"w4a8 {n}x{k} group size {group_size}: compile for {missing}")
+    x = make_activation(max(sweep.tokens), k)
+    packed = make_weight(copies_of(int(weight_bytes(n, k, group_size))), n, k, group_size)
+    weights = {backend: packed for backend in sweep.backends}
+    if "reference" in weights:
+        weights["reference"] = from_kernel_layout(packed)
+    layers = [jnp.int32(i) for i in range(packed.channel_scale.shape[0])]
+    expected, host = _expected(x, from_kernel_layout(take_layer(packed, 1))), jax.device_get(x)
+    arguments = {(b, m): (first_tokens(host, m), weights[b]) for b, m in missing}
+    jobs = {case: (_matmul(case[0]), (*arguments[case], layers[0])) for case in missing}
+    outputs = {m: (jax.ShapeDtypeStruct((m, n), jnp.bfloat16), expected) for _, m in missing}
+    compare = compile_all({m: (_compare, shapes) for m, shapes in outputs.items()})
+    for (backend, m), run in compile_all(jobs).items():
+        row = {"backend": backend, "group_size": group_size, "m": m, "n": n, "k": k}
+        place = f"{backend} {n}x{k} group size {group_size} m={m}"
+        bench.say(place)
+        try:
+            y = call(run, *arguments[backend, m], layers[1])
+            wrong, error = call(compare[m], y, expected)
+            if wrong:
+                raise ArithmeticError(f"{wrong} of {y.size} outputs are not the reference's")
+            us = bench.median_us(run, arguments[backend, m], layers)
+        except NotImplementedError as refusal:
+            bench.say(f"{place}: {_line(refusal)}")
+        except Exception as failure:
+            bench.problem(f"{place}: {_line(failure)}")
+        else:
+            _keep(row | {"us": us, "rel_err": float(error)}, place, bench)
+
+
+def _keep(row: dict[str, Any], place: str, bench: Bench) -> None:
+    """Add the row to the report, with the columns that follow from others, if it is believed."""
+    m, n, k = row["m"], row["n"], row["k"]
+    columns: dict[str, Any] = _baseline_columns(bench.report, m, n, k) | {
+        "gbps": weight_bytes(n, k, row["group_size"]) / row["us"] / 1e3,
+        "tops": 2 * m * n * k / row["us"] / 1e6,
+    }
+    if bench.believes(place, columns["gbps"]):
+        sizes = {name: row[name] for name in ("backend", "group_size", "m", "n", "k", "us")}
+        bench.report["rows"].append({**sizes, **columns, "rel_err": row["rel_err"]})
+        bench.save(bench.report)
+
+
+def _baseline_columns(report: Report, m: int, n: int, k: int) -> dict[str, float | None]:
+    """Those of a row; None where they are not measured (yet)."""
+    others = baseline(report, m, n, k) or {}
+    times = {name: others.get(name) for name in ("bf16_us", "int8_us")}
+    return times | {"fp8_us": baselines.best_fp8(others)}
+
+
+def weight_bytes(n: int, k: int, group_size: int) -> float:
+    """Codes, and a scale and an offset per group."""
+    return n * k * (0.5 if group_size == -1 else 0.5 + 2 / group_size)
+
+
+def _matmul(backend: str) -> Callable[..., Array]:
+    def matmul(x, w, layer):
+        return w4a8_matmul(x, w, layer=layer, out_dtype=jnp.bfloat16, backend=backend)
+
+    return matmul
+
+
+@functools.partial(jax.jit, compiler_options={"xla_gpu_autotune_level": 0})  # it need not be fast
+def _expected(x: Any, w: Any) -> Array:
+    """Exact sums, scaled in float32."""
+    return w4a8_matmul(x, w, out_dtype=jnp.float32, backend="reference")
+
+
+def _compare(y: Array, expected: Array) -> tuple[Array, Array]:
+    """How many of y are not `expected` rounded once, and the relative norm of the difference.
+
+    expected may have more tokens than y.
+    """
+    expected = expected[: y.shape[0]]
+    wrong = jnp.sum(y != expected.astype(y.dtype))
+    difference = jnp.linalg.norm(y.astype(jnp.float32) - expected)
+    return wrong, difference / jnp.linalg.norm(expected)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]

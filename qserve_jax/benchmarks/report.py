@@ -1,0 +1,157 @@
+"""What a benchmark found: the dict that is written as JSON, as a table and as CSV.
+
+device, jax, commit, versions   where it was measured
+ceilings    see `ceilings.measure_ceilings`
+baselines   {"m", "n", "k", "bf16_us", "int8_us", "fp8_xla_us", "fp8_torch_tensor_us",
+            "fp8_torch_row_us"}: what depends on the sizes only; null where it cannot be had
+rows        {"backend", "group_size", "m", "n", "k", "us", "bf16_us", "int8_us", "fp8_us", "gbps",
+            "tops", "rel_err"}: fp8_us is the fastest of the three; gbps counts the weights' codes
+            and group scales once; rel_err is the norm of the difference to the float32 epilogue
+            of the exact sums, over that one's norm (rounding to bf16 alone gives about 1.7e-3)
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from qserve_jax.benchmarks.baselines import best_fp8
+from qserve_jax.benchmarks.ceilings import roofline_share
+from qserve_jax.benchmarks.clock import PROTOCOL
+from qserve_jax.benchmarks.provenance import provenance
+
+Report = dict[str, Any]
+ROW = (
+    *("backend", "group_size", "m", "n", "k", "us"),
+    *("bf16_us", "int8_us", "fp8_us", "gbps", "tops", "rel_err"),
+)  # in this order
+
+
+def empty_report() -> Report:
+    """A report of this machine and commit, without results."""
+    found = provenance()
+    return {
+        "device": found["device"],
+        "jax": jax.__version__,
+        "commit": found["commit"],
+        "versions": found["versions"] | {"python": found["python"]},
+        "protocol": PROTOCOL,
+        "ceilings": {},
+        "baselines": [],
+        "rows": [],
+    }
+
+
+def read_report(path: Path) -> Report | None:
+    """A saved report; None where there is no file. Raises ValueError on another file."""
+    if not path.exists():
+        return None
+    try:
+        report = json.loads(path.read_text())
+        complete = all(name in report for name in ("device", "ceilings", "baselines", "rows"))
+    except (ValueError, TypeError):
+        complete, report = False, None
+    if not complete:
+        raise ValueError(f"{path} holds no results of this command: name another file")
+    return report
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Whole or not at all: a killed run leaves the file of the row before."""
+    beside = path.with_name(f"{path.name}.part")
+    beside.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(beside, path)
+
+
+def check_same_origin(report: Report, here: Report) -> None:
+    """ValueError unless `report` can be continued here: results of two origins do not mix."""
+    for name in ("device", "jax", "commit", "protocol"):
+        if report.get(name) != here[name]:
+            raise ValueError(
+                f"the saved results are of {name} {report.get(name)!r}, this is {here[name]!r}: "
+                "save to another file"
+            )
+
+
+def has_row(report: Report, **wanted: Any) -> bool:
+    """Whether a row has all these values."""
+    return any(all(row[name] == value for name, value in wanted.items()) for row in report["rows"])
+
+
+def baseline(report: Report, m: int, n: int, k: int) -> dict[str, Any] | None:
+    """The baselines of these sizes, where they were measured."""
+    found = (b for b in report["baselines"] if (b["m"], b["n"], b["k"]) == (m, n, k))
+    return next(found, None)
+
+
+def fp8_winner(report: Report, row: dict[str, Any]) -> str:
+    """Which fp8 is the fastest: xla, torch_tensor or torch_row; empty where there is none."""
+    columns = baseline(report, row["m"], row["n"], row["k"]) or {}
+    best = best_fp8(columns)
+    name = next((name for name, us in columns.items() if best and us == best), "")
+    return name.removeprefix("fp8_").removesuffix("_us")
+
+
+def table(report: Report) -> str:
+    """Markdown: the ceilings, and a line per row."""
+    ceilings = report["ceilings"]
+    lines = [
+        f"{report['device']}, jax {report['jax']}, commit {report['commit'][:12]}",
+        "ceilings: HBM copy {hbm_copy_gbps:.0f} and read {hbm_read_gbps:.0f} GB/s; "
+        "XLA at 8192^3 int8 {int8_tops:.0f} TOP/s, bf16 {bf16_tops:.0f} TFLOP/s".format(**ceilings),
+        "",
+        "| backend | group | N x K | M | us | GB/s | TOP/s | of ceiling | bf16 us | int8 us "
+        "| fp8 us | rel_err |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join(lines + [_table_line(report, row) for row in report["rows"]])
+
+
+def _table_line(report: Report, row: dict[str, Any]) -> str:
+    share, binding = roofline_share(row, report["ceilings"])
+
+    def other(name: str) -> str:
+        """Microseconds, and how many of ours they are."""
+        return f"{row[name]:.1f} ({row[name] / row['us']:.2f}x)" if row[name] else "-"
+
+    cells = (
+        row["backend"],
+        "channel" if row["group_size"] == -1 else row["group_size"],
+        f"{row['n']}x{row['k']}",
+        row["m"],
+        f"{row['us']:.1f}",
+        f"{row['gbps']:.0f}",
+        f"{row['tops']:.0f}",
+        f"{share:.0%} {binding}",
+        other("bf16_us"),
+        other("int8_us"),
+        f"{other('fp8_us')} {fp8_winner(report, row)}".strip(),
+        f"{row['rel_err']:.1e}",
+    )
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
+def comma_separated(report: Report) -> str:
+    """CSV: the rows as in the JSON, with their share of the ceiling and which fp8 it is."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*ROW, "share", "ceiling", "fp8"], lineterminator="\n")
+    writer.writeheader()
+    for row in report["rows"]:
+        share, binding = roofline_share(row, report["ceilings"])
+        more = {"share": share, "ceiling": binding, "fp8": fp8_winner(report, row)}
+        writer.writerow(row | more)
+    return text.getvalue().rstrip("\n")
+
+
+FORMATS: dict[str, Callable[[Report], str]] = {
+    "table": table,
+    "csv": comma_separated,
+    "json": lambda report: json.dumps(report, indent=1),
+}

@@ -1,0 +1,205 @@
+"""Small launches of every kernel design under compute-sanitizer: memcheck and racecheck.
+
+python scripts/sanitize_kernels.py [--seconds 55]
+
+Both tools run beside each other, each over a process of its own that launches every case once and
+compares the output with the reference's, computed on the CPU. Prints what the tools sum up. Exit
+status 0: both clean. 1: something found, a wrong output, or out of time. 2: no compute-sanitizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qserve_jax.benchmarks.compile import call, compile_all
+from qserve_jax.benchmarks.provenance import ROOT
+from qserve_jax.pallas_kernels import quantize_activation, rms_norm_quantize, silu_mul_quantize
+from qserve_jax.pallas_kernels.w4a8_matmul import mosaic_mma, mosaic_sm90, reference
+from qserve_jax.pallas_kernels.w4a8_matmul.layout import to_kernel_layout
+from qserve_jax.pallas_kernels.w4a8_matmul.mma_config import MmaConfig
+from qserve_jax.pallas_kernels.w4a8_matmul.sm90_config import Sm90Config
+from qserve_jax.quantization.numerics import quantize_activation as quantize
+from qserve_jax.quantization.qtensor import Source, W4PerChannel, W4PerGroup
+
+TOOLS = ("memcheck", "racecheck")
+SOURCE = Source(("stack", "in", "out"), (0,), (0,), "float32")
+CONFIGS: dict[str, tuple[Callable, int, int, Any]] = {
+    "mma, 3 tokens": (mosaic_mma.matmul, 3, 192, MmaConfig(1, 2, 4, 8, 4)),
+    "mma, 130 tokens": (mosaic_mma.matmul, 130, 192, MmaConfig(4, 2, 1, 128, 3)),
+    "wgmma, 1 k_warpgroup": (mosaic_sm90.matmul, 40, 192, Sm90Config(64, 2, 1, 2, 1)),
+    "wgmma, 4 k_warpgroups": (mosaic_sm90.matmul, 40, 192, Sm90Config(32, 1, 4, 2, 1)),
+    "wgmma, cluster": (mosaic_sm90.matmul, 40, 192, Sm90Config(32, 1, 1, 2, 2)),
+    "wgmma, several tiles": (mosaic_sm90.matmul, 130, 64 * 17, Sm90Config(16, 1, 1, 2, 1)),
+    "wgmma, all of it": (mosaic_sm90.matmul, 130, 64 * 33, Sm90Config(32, 1, 4, 2, 2)),
+}
+"""name: (matmul, tokens, channels, config)"""
+K = 640  # five chunks: k_warpgroups that do not divide them
+
+
+def make_weight(rng: np.random.Generator, n: int, per_group: bool) -> Any:
+    """One canonical layer."""
+    codes = jnp.asarray(rng.integers(0, 256, (n, K // 2)), jnp.uint8)
+    scale = jnp.asarray(2.0 ** rng.integers(-10, -8, n), jnp.float32)
+    if not per_group:
+        return W4PerChannel(codes, scale, 7.5 * scale, SOURCE)
+    group_scale = rng.integers(1, 18, (n, K // 128))
+    offset = jnp.asarray(rng.integers(-128, 127 - 15 * group_scale + 1), jnp.int8)
+    return W4PerGroup(codes, scale, jnp.asarray(group_scale, jnp.uint8), offset, 128, SOURCE)
+
+
+def matmul_cases(rng: np.random.Generator) -> dict[str, tuple[Callable, tuple, Any]]:
+    """name -> (what to run, its arguments, what it must give); made on the CPU."""
+    cases = {}
+    for name, (matmul, m, n, config) in CONFIGS.items():
+        for per_group in (True, False):
+            x = quantize(jnp.asarray(rng.standard_normal((m, K)), jnp.float32))
+            w = make_weight(rng, n, per_group)
+            bias = jnp.asarray(rng.standard_normal(n), jnp.float32)
+
+            def run(x: Any, w: Any, bias: Any, matmul=matmul, config=config) -> Any:
+                return matmul(x, w, bias=bias, out_dtype=jnp.bfloat16, config=config)
+
+            kind = "per group" if per_group else "per channel"
+            cases[f"{name}, {kind}"] = (
+                run,
+                (x, to_kernel_layout(w), bias),
+                reference.matmul(
+                    x, w, bias=bias, residual=None, layer=None, out_dtype=jnp.bfloat16
+                ),
+            )
+    return cases
+
+
+def elementwise_cases(rng: np.random.Generator) -> dict[str, tuple[Callable, tuple, Any]]:
+    x = jnp.asarray(rng.standard_normal((5, 1024)), jnp.bfloat16)
+    scale = jnp.ones(1024, jnp.bfloat16)
+    runs: dict[str, tuple[Callable, tuple]] = {
+        "quantize_activation": (quantize_activation, (x,)),
+        "rms_norm_quantize": (functools.partial(rms_norm_quantize, eps=1e-5), (x, scale)),
+        "silu_mul_quantize": (silu_mul_quantize, (x,)),
+    }
+
+    def codes(run: Callable, backend: str) -> Callable:
+        return lambda *args: run(*args, backend=backend).codes
+
+    return {
+        name: (codes(run, "mosaic_mma"), args, codes(run, "reference")(*args))
+        for name, (run, args) in runs.items()
+    }
+
+
+def launch_all() -> int:
+    """Every case once, on the GPU -> the number of wrong outputs."""
+    rng, gpu = np.random.default_rng(0), jax.devices("gpu")[0]
+    with jax.default_device(jax.devices("cpu")[0]):
+        cases = matmul_cases(rng) | elementwise_cases(rng)
+    arguments = {name: jax.device_put(args, gpu) for name, (_, args, _) in cases.items()}
+    programs = compile_all({name: (run, arguments[name]) for name, (run, _, _) in cases.items()})
+    failed = 0
+    for name, (_, _, expected) in cases.items():
+        print(f"{name}:", end=" ", flush=True)
+        found = call(programs[name], *arguments[name])
+        worst = _difference(found, expected)
+        # Sums of squares in another order, and exp: a code may be rounded the other way.
+        right = worst <= (1 if name.startswith(("rms_norm", "silu")) else 0)
+        failed += not right
+        print("right" if right else f"WRONG by up to {worst}", flush=True)
+    return failed
+
+
+def _difference(found: Any, expected: Any) -> float:
+    found, expected = (np.asarray(a).astype(np.float32) for a in (found, expected))
+    return float(np.max(np.abs(found - expected), initial=0.0))
+
+
+def sanitizer() -> str | None:
+    return shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
+
+
+def start(command: list[str], log: Path) -> subprocess.Popen:
+    environment = os.environ | {
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the two processes share the GPU
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    with log.open("w") as out:  # in a session of its own, to be ended with what it has started
+        return subprocess.Popen(
+            command, stdout=out, stderr=out, env=environment, cwd=ROOT, start_new_session=True
+        )
+
+
+def summary(log: str) -> list[str]:
+    """What a tool found, in its words, and what the launches gave."""
+    told = re.compile(r"SUMMARY|={9} (Error|Warning|Invalid|Race|Potential)|: right|WRONG|Error:")
+    return [line for line in log.splitlines() if told.search(line)]
+
+
+def clean(code: int | None, log: str) -> bool:
+    """Whether the launches ended well and the tool summed up nothing found."""
+    return code == 0 and re.search(r"SUMMARY: 0 (errors|hazards)", log) is not None
+
+
+def finish(process: subprocess.Popen, deadline: float) -> int | None:
+    """The exit status; None where it took too long and was ended."""
+    try:
+        return process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=55, help="for both tools together")
+    parser.add_argument("--launch", action="store_true", help="the launches alone, without a tool")
+    args = parser.parse_args()
+    if args.launch:
+        return min(launch_all(), 1)
+    found = sanitizer()
+    if found is None:
+        print("no compute-sanitizer on PATH or in /usr/local/cuda/bin: install the CUDA toolkit")
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        logs = {tool: Path(folder) / f"{tool}.txt" for tool in TOOLS}
+        options = ["--error-exitcode", "3", "--print-limit", "5"]
+        target = [sys.executable, str(Path(__file__).resolve()), "--launch"]
+        running = {
+            tool: start([found, "--tool", tool, *options, *target], log)
+            for tool, log in logs.items()
+        }
+        deadline = time.monotonic() + args.seconds
+        return max([_report(tool, running[tool], logs[tool], deadline) for tool in TOOLS])
+
+
+def _report(tool: str, process: subprocess.Popen, log: Path, deadline: float) -> int:
+    """Prints what a tool found; 0 where nothing."""
+    code = finish(process, deadline)
+    text = log.read_text(errors="replace")
+    is_clean = clean(code, text)
+    ended = "out of time" if code is None else f"exit status {code}"
+    print(f"== {tool}: {'clean' if is_clean else 'NOT clean'}, {ended}")
+    print(*(summary(text) or text.splitlines()[-10:]), sep="\n", flush=True)
+    return int(not is_clean)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""The sweep with a clock that is told the time: what is kept, rejected, resumed and written."""
+
+import csv
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from qserve_jax.benchmarks import baselines, ceilings, matmul, plot, report
+from qserve_jax.pallas_kernels import w4a8_matmul
+
+CEILINGS = {
+    "hbm_copy_gbps": 4000.0,
+    "hbm_read_gbps": 4400.0,
+    "bf16_tops": 800.0,
+    "int8_tops": 1600.0,
+}
+N, K = 64, 256
+ONCE = N * K * (0.5 + 2 / 128) / 1e3  # microseconds of reading the weight at 1 GB/s
+
+
+def make_report(**more):
+    start = {"device": "a GPU", "jax": "1", "commit": "c" * 40, "versions": {"jax": "1"}}
+    start["protocol"] = "a stopwatch"
+    return start | {"ceilings": CEILINGS, "baselines": [], "rows": []} | more
+
+
+class FakeClock:
+    """Makes one call, so that it must run, and says that 20 took `us`."""
+
+    def __init__(self, us):
+        self.us, self.calls = us, 0
+
+    def __call__(self, call, wait=jax.block_until_ready):
+        wait(call(0))
+        self.calls += 1
+        return [self.us] * 19 + [1e9]
+
+
+@pytest.fixture(autouse=True)
+def no_torch(monkeypatch, small_cache):
+    monkeypatch.setattr(baselines, "why_no_torch", lambda: "torch is not installed")
+
+
+def run(clock, start, tokens=(1, 3), group_sizes=(128, -1), backends=("reference",)):
+    saved, said = [], []
+    sweep = matmul.Sweep(((N, K),), tokens, group_sizes, backends)
+    bench = matmul.Bench(clock, start, lambda r: saved.append(json.dumps(r)), said.append)
+    matmul.run_sweep(sweep, bench)
+    return bench, saved, said
+
+
+def test_every_row_has_the_promised_columns():
+    clock = FakeClock(10.0)
+    bench, saved, said = run(clock, make_report())
+    rows = bench.report["rows"]
+    assert [(r["group_size"], r["m"]) for r in rows] == [(128, 1), (128, 3), (-1, 1), (-1, 3)]
+    for row in rows:
+        assert tuple(row) == report.ROW
+        assert (row["us"], row["bf16_us"], row["int8_us"], row["fp8_us"]) == (10.0,) * 4
+        assert row["tops"] == pytest.approx(2 * row["m"] * N * K / 10 / 1e6)
+        assert 1e-4 < row["rel_err"] < 2.5e-3  # of the rounding to bf16
+    assert rows[0]["gbps"] == pytest.approx(N * K * (0.5 + 2 / 128) / 10 / 1e3)
+    assert rows[2]["gbps"] == pytest.approx(N * K * 0.5 / 10 / 1e3)
+    assert clock.calls == 2 * 3 + 4  # baselines once, not per group size
+    assert len(saved) == 2 + 4 and not bench.problems
+    assert any("fp8 is XLA's alone: torch is not installed" in line for line in said)
+
+
+def test_what_a_report_has_is_not_measured_again():
+    first, _, _ = run(FakeClock(10.0), make_report(), tokens=(1,))
+    clock = FakeClock(20.0)
+    bench, _, _ = run(clock, json.loads(json.dumps(first.report)))
+    assert [(r["group_size"], r["m"], r["us"]) for r in bench.report["rows"]] == [
+        *[(128, 1, 10.0), (-1, 1, 10.0), (128, 3, 20.0), (-1, 3, 20.0)]
+    ]
+    assert clock.calls == 3 + 2
+    clock = FakeClock(30.0)
+    run(clock, bench.report)
+    assert clock.calls == 0
+
+
+def test_a_row_above_the_memory_ceiling_is_rejected():
+    """The ceiling is the better of copy and read; a baseline above it is null."""
+    bench, _, _ = run(FakeClock(ONCE / 4401), make_report(), tokens=(1,), group_sizes=(128,))
+    assert bench.report["rows"] == []
+    assert bench.report["baselines"][0]["int8_us"] is None
+    assert "reference 64x256 group size 128 m=1: 4401 GB/s is above the 4400" in bench.problems[0]
+    bench, _, _ = run(FakeClock(ONCE / 4399), make_report(), tokens=(1,), group_sizes=(128,))
+    (row,) = bench.report["rows"]
+    assert row["gbps"] == pytest.approx(4399)
+    assert row["bf16_us"] is row["int8_us"] is row["fp8_us"] is None  # they read more in that time
+
+
+def test_a_wrong_output_is_no_row(monkeypatch):
+    def one_off(x, w, **kwargs):
+        y = w4a8_matmul(x, w, **kwargs)
+        one_ulp = y[0, 5] * 2.0**-7
+        return y.at[0, 5].add(one_ulp) if y.dtype == jnp.bfloat16 else y
+
+    monkeypatch.setattr(matmul, "w4a8_matmul", one_off)
+    bench, _, _ = run(FakeClock(10.0), make_report(), tokens=(3,), group_sizes=(128,))
+    assert bench.report["rows"] == []
+    assert "1 of 192 outputs are not the reference's" in bench.problems[0]
+
+
+def test_a_backend_that_cannot_is_told_and_one_that_fails_is_a_problem(monkeypatch):
+    def refuse(x, w, **kwargs):
+        if kwargs["out_dtype"] == jnp.bfloat16:
+            raise [NotImplementedError("too many tokens"), KeyError("x")][x.codes.shape[0] == 3]
+        return w4a8_matmul(x, w, **kwargs)
+
+    monkeypatch.setattr(matmul, "w4a8_matmul", refuse)
+    bench, _, said = run(FakeClock(10.0), make_report(), group_sizes=(128,))
+    place = "reference 64x256 group size 128"
+    assert f"{place} m=1: NotImplementedError: too many tokens" in said
+    assert bench.problems == [f"{place} m=3: KeyError: 'x'"]
+
+
+def test_ceilings_are_rates_of_the_work_done():
+    found = ceilings.measure_ceilings(lambda call: [2.0], words=1000, size=64)
+    assert found == {
+        "hbm_copy_gbps": 4.0,  # 4000 bytes read and as many written, in 2 us
+        "hbm_read_gbps": 2.0,
+        "bf16_tops": pytest.approx(64**3 / 1e6),
+        "int8_tops": pytest.approx(64**3 / 1e6),
+    }
+
+
+def test_the_ceiling_that_binds():
+    row = {"gbps": 2200.0, "tops": 400.0}
+    assert ceilings.roofline_share(row, CEILINGS) == (0.5, "memory")
+    assert ceilings.roofline_share(row | {"tops": 1200.0}, CEILINGS) == (0.75, "int8")
+
+
+ROW = dict(
+    zip(
+        report.ROW,
+        ("mosaic_sm90", -1, 16, 4096, 128, 5.0, 10.0, None, 7.5, 2200.0, 40.0, 1.66e-3),
+        strict=True,
+    )
+)
+BASELINE = {
+    **{"m": 16, "n": 4096, "k": 128, "bf16_us": 10.0, "int8_us": None},
+    **{"fp8_xla_us": 9.0, "fp8_torch_tensor_us": 7.5, "fp8_torch_row_us": None},
+}
+
+
+def test_formats():
+    found = make_report(rows=[ROW], baselines=[BASELINE])
+    last = report.FORMATS["table"](found).splitlines()[-1]
+    assert last == (
+        "| mosaic_sm90 | channel | 4096x128 | 16 | 5.0 | 2200 | 40 | 50% memory | 10.0 (2.00x) | - "
+        "| 7.5 (1.50x) torch_tensor | 1.7e-03 |"
+    )
+    (line,) = csv.DictReader(io.StringIO(report.FORMATS["csv"](found)))
+    assert (line["us"], line["int8_us"], line["fp8"]) == ("5.0", "", "torch_tensor")
+    assert (line["share"], line["ceiling"]) == ("0.5", "memory")
+    assert json.loads(report.FORMATS["json"](found)) == found
+
+
+def test_files(tmp_path):
+    path = tmp_path / "r.json"
+    assert report.read_report(path) is None
+    found = make_report(rows=[ROW])
+    report.write_report(path, found)
+    assert report.read_report(path) == found and list(tmp_path.iterdir()) == [path]
+    for text in ("{", "[]", "{}", "3"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="r.json holds no results of this command: name ano"):
+            report.read_report(path)
+
+
+def test_results_of_two_origins_do_not_mix():
+    here = make_report()
+    report.check_same_origin(make_report(rows=[ROW]), here)
+    for name in ("device", "jax", "commit", "protocol"):
+        with pytest.raises(ValueError, match=f"the saved results are of {name} 'other', this is "):
+            report.check_same_origin(make_report(**{name: "other"}), here)
+
+
+def test_an_empty_report_says_where_it_is_from():
+    here = report.empty_report()
+    assert set(here) == set(make_report())
+    assert here["jax"] == jax.__version__ and len(here["commit"]) >= 40
+    assert set(here["versions"]) >= {"jax", "jaxlib", "python"}
+
+
+def test_roofline_curves(tmp_path):
+    rows = [ROW | {"m": m, "tops": tops} for m, tops in ((64, 1200.0), (16, 40.0))]
+    found = make_report(rows=rows)
+    assert plot.roofline_curves(found) == {
+        ("mosaic_sm90", -1): {"4096x128": [(16, 0.5), (64, 0.75)]}
+    }
+    with pytest.raises(ValueError, match="there is no row to plot"):
+        plot.plot_roofline(make_report(), tmp_path / "p.png")
+    pytest.importorskip("matplotlib", reason="needs the extra `plot`")
+    plot.plot_roofline(found, tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

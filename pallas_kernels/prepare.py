@@ -41,7 +41,7 @@ def _fusable(parts: list[dict]) -> bool:
 
 
 def prepare_for_backend(
-    params: dict, backend: str | None = None, *, in_place: bool = False
+    params: dict, backend: str | None = None, *, act_bits: int = 8, in_place: bool = False
 ) -> dict:
     """The tree a model runs fastest with: q/k/v fused to `qkv_proj`, gate/up to `gate_up_proj`.
 
@@ -49,13 +49,14 @@ def prepare_for_backend(
     and give the same integers. Projections quantised in different ways are left apart.
     backend: the one it will run on, None for the first that can run here. For the Mosaic backends
       4-bit kernels are also packed (`layout.to_kernel_layout`), shapes permitting.
+    act_bits: of the config; with 16 nothing is packed, since no kernel multiplies by floats.
     in_place: turn `params` itself, plain dicts, into the fused tree and return it. Parts are
       dropped once they are fused, so that besides the result only the parts of one projection are
       in memory; otherwise all parts stay, as long as the caller keeps `params`.
 
     Raises ValueError on an unknown backend, and in place where params["layers"] is no dict.
     """
-    pack = any(name != "reference" for name in usable(backend))
+    pack = act_bits == 8 and any(name != "reference" for name in usable(backend))
     layers = params["layers"]
     if in_place and not isinstance(layers, dict):
         raise ValueError(

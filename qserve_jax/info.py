@@ -145,10 +145,12 @@ def find_backends() -> dict[str, dict[str, Any]]:
     from qserve_jax.pallas_kernels import backend
     from qserve_jax.pallas_kernels.append_kv.api import APPEND_BACKENDS
     from qserve_jax.pallas_kernels.paged_attention.api import ATTENTION_BACKENDS
+    from qserve_jax.pallas_kernels.quantize_activation.api import REFERENCE as ELEMENTWISE
     from qserve_jax.pallas_kernels.w4a8_matmul.api import W4A8_BACKENDS
 
-    tables = {
+    tables: dict[str, Any] = {
         "w4a8_matmul": W4A8_BACKENDS,
+        **dict.fromkeys(ELEMENTWISE, backend.BACKENDS),
         "paged_attention": ATTENTION_BACKENDS,
         "append_kv": APPEND_BACKENDS,
     }

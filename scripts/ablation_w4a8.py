@@ -33,6 +33,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+from jaxlib.mlir.dialects import arith
 
 from qserve_jax.benchmarks.clock import PROTOCOL, call_times, check_available
 from qserve_jax.benchmarks.matmul import weight_bytes
@@ -41,10 +42,12 @@ from qserve_jax.benchmarks.provenance import ROOT, provenance
 from qserve_jax.benchmarks.shapes import Shape, parse_shape
 from qserve_jax.pallas_kernels import intrinsics as ptx
 from qserve_jax.pallas_kernels.intrinsics import I32
+from qserve_jax.pallas_kernels.intrinsics._mlir import ptx_value
 from qserve_jax.pallas_kernels.w4a8_matmul import (
     from_kernel_layout,
     layout,
     mma_config,
+    mma_thread,
     mosaic_mma,
     mosaic_sm90,
     problem,
@@ -131,7 +134,7 @@ def code_offset(channel: Any, piece: Any) -> Any:
     return channel * ROW_BYTES + ((piece ^ ((channel >> 2) & 3)) << 4)
 
 
-class CanonicalThread(mosaic_mma._Thread):
+class CanonicalThread(mma_thread.Thread):
     """Copies 16 bytes of each of two channels of a tile, and four chunks' scales of one."""
 
     def __init__(self, p: Any, refs: dict[str, Any], shared: Any):
@@ -161,7 +164,7 @@ class CanonicalThread(mosaic_mma._Thread):
 
 
 def _choose(condition: ptx.Predicate, yes: ptx.Address, no: ptx.Address) -> ptx.Address:
-    return ptx.Address(ptx.arith.select(condition.value, yes.value, no.value))
+    return ptx.Address(arith.select(condition.value, yes.value, no.value))
 
 
 def copy_weights(p: Any, t: CanonicalThread, slot: I32, step: I32) -> None:
@@ -175,7 +178,7 @@ def copy_weights(p: Any, t: CanonicalThread, slot: I32, step: I32) -> None:
         for i, to in enumerate(t.code_target):
             ptx.copy_16_bytes(tile + to, source, source_offset=8 * i * (p.k // 2))
         words = tile + t.lane * 4 + CODE_BYTES
-        ptx.copy_word_to_shared(words, t.group_words[r].advance(chunk_word, 1))
+        ptx.copy_4_bytes(words, t.group_words[r].advance(chunk_word, 1))
 
 
 def load_weights(p: Any, t: CanonicalThread, slot: I32) -> list[tuple[list[I32], Any]]:
@@ -211,7 +214,7 @@ def _scales(address: I32) -> tuple[I32, I32]:
 
 def _load(kind: str, address: I32, offset: int) -> I32:
     code = f"ld.shared.{kind} $0, [$1+{offset}];"
-    return I32(ptx._ptx(code, address, result=ptx._i32_type(), effect=True))
+    return ptx_value(I32, code, address, effect=True)
 
 
 def fragments(tile: tuple[list[I32], Any], h: int) -> list[list[I32]]:
@@ -229,7 +232,7 @@ def fragments(tile: tuple[list[I32], Any], h: int) -> list[list[I32]]:
 
 
 def _permute(a: I32, b: I32, selector: int) -> I32:
-    return I32(ptx._ptx(f"prmt.b32 $0, $1, $2, {selector};", a, b, result=ptx._i32_type()))
+    return ptx_value(I32, f"prmt.b32 $0, $1, $2, {selector};", a, b)
 
 
 # Variants
@@ -240,8 +243,8 @@ PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
     "product": [],
     "no_reorder": [
         (mosaic_mma, "gather", gather),
-        (mosaic_mma, "go_to_layer", go_to_layer),
-        (mosaic_mma, "_Thread", CanonicalThread),
+        (mma_thread, "go_to_layer", go_to_layer),
+        (mosaic_mma, "Thread", CanonicalThread),
         (mosaic_mma, "_copy_weights", copy_weights),
         (mosaic_mma, "_load_weights", load_weights),
         (mosaic_mma, "_fragments", fragments),
@@ -296,7 +299,7 @@ def cases(tokens: list[int]) -> list[tuple[str, int, str]]:
 # Measuring
 
 
-@functools.partial(jax.jit, compiler_options={"xla_gpu_autotune_level": 0})  # it need not be fast
+@jax.jit  # with its autotuning: without, XLA 0.11.2 computed other int8 products on an H200
 def _expected(x: Any, w: W4PerGroup) -> tuple[Array, Array]:
     """Exact sums, and what the epilogue makes of them."""
     sums = reference.int8_dot(x.codes, reference.int8_weights(w))

@@ -42,10 +42,10 @@ SOURCE = Source(("stack", "in", "out"), (0,), (0,), "float32")
 CONFIGS: dict[str, tuple[Callable, int, int, Any]] = {
     "mma, 3 tokens": (mosaic_mma.matmul, 3, 192, MmaConfig(1, 2, 4, 8, 4)),
     "mma, 130 tokens": (mosaic_mma.matmul, 130, 192, MmaConfig(4, 2, 1, 128, 3)),
-    "wgmma, 1 k_warpgroup": (mosaic_sm90.matmul, 40, 192, Sm90Config(64, 2, 1, 2, 1)),
+    "wgmma, 1 k_warpgroup": (mosaic_sm90.matmul, 40, 192, Sm90Config(64, 2, 1, 4, 1)),
     "wgmma, 4 k_warpgroups": (mosaic_sm90.matmul, 40, 192, Sm90Config(32, 1, 4, 2, 1)),
-    "wgmma, cluster": (mosaic_sm90.matmul, 40, 192, Sm90Config(32, 1, 1, 2, 2)),
-    "wgmma, several tiles": (mosaic_sm90.matmul, 130, 64 * 17, Sm90Config(16, 1, 1, 2, 1)),
+    "wgmma, cluster": (mosaic_sm90.matmul, 40, 192, Sm90Config(32, 1, 1, 4, 2)),
+    "wgmma, several tiles": (mosaic_sm90.matmul, 130, 64 * 17, Sm90Config(16, 1, 1, 4, 1)),
     "wgmma, all of it": (mosaic_sm90.matmul, 130, 64 * 33, Sm90Config(32, 1, 4, 2, 2)),
 }
 """name: (matmul, tokens, channels, config)"""

@@ -36,7 +36,8 @@ def test_on_a_cpu(tmp_path):
     assert answer["platform"] == "cpu" and answer["cuda"] is None
     assert answer["devices"][0]["compute_capability"] is None
     assert answer["compile_cache"] == {"folder": str(tmp_path), "programs": 1}
-    assert set(answer["backends"]) == {"w4a8_matmul", "paged_attention", "append_kv"}
+    elementwise = {"quantize_activation", "rms_norm_quantize", "silu_mul_quantize"}
+    assert set(answer["backends"]) == {"w4a8_matmul", *elementwise, "paged_attention", "append_kv"}
     for op in answer["backends"].values():
         assert tuple(op) == BACKENDS
         assert op["reference"] == {"runs": True, "by_default": True, "reason": None}

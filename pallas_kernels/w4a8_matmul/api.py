@@ -10,7 +10,10 @@ import jax.numpy as jnp
 from qserve_jax.pallas_kernels.backend import check_layer, dispatch, usable
 from qserve_jax.pallas_kernels.w4a8_matmul import reference
 from qserve_jax.pallas_kernels.w4a8_matmul.layout import (
+    BLOCKS,
+    CODE_WORDS,
     LAYOUT,
+    SCALE_WORDS,
     from_kernel_layout,
     take_layer,
     weight_shape,
@@ -84,10 +87,19 @@ def _check(
     rank = w.codes.ndim - 2 * packed  # [.., N, K/2] or [.., N/64, K/128, 4, words]
     if rank not in (2, 3):
         raise ValueError(f"weight codes have shape {w.codes.shape}: need [N, K] or [L, N, K]")
+    words = CODE_WORDS + (SCALE_WORDS if isinstance(w, W4PerGroup) else 0)
+    if packed and w.codes.shape[-2:] != (BLOCKS, words):
+        shape = w.codes.shape
+        raise ValueError(f"packed codes have shape {shape}: need [..., {BLOCKS}, {words}]")
     check_layer(layer, "weight codes", w.codes.shape, rank == 3)
+    lead, stack = x.codes.shape[:-1], w.codes.shape[: rank - 2]
     for name, array, shape in (
         ("bias", bias, (n,)),
-        ("residual", residual, (*x.codes.shape[:-1], n)),
+        ("residual", residual, (*lead, n)),
+        ("x scale", x.scale, lead),
+        ("x code_sum", x.code_sum, lead),
+        ("channel_scale", w.channel_scale, (*stack, n)),
+        ("scaled_zero", getattr(w, "scaled_zero", None), (*stack, n)),
     ):
         if array is not None and array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape} but the product needs {shape}")

@@ -29,8 +29,8 @@ run ahead of the epilogue.
 The epilogue is kept short (scales fetched beforehand, no predicates for whole tiles): it is code
 that a launch meets cold, and at 128 sums a thread each instruction more is there 32 times.
 
-While the tensor core works for one warpgroup, the others read and expand their codes. (Reading and
-expanding a step ahead within a warpgroup as well changed nothing.)
+While the tensor core works for one warpgroup, the others read and expand their codes. (Expanding a
+step ahead within a warpgroup, or starting its wgmma before the last are done, changed nothing.)
 
 Bounds. x beyond M or K is zero, by the copy engine, and so adds nothing to the sums (K: where
 k_warpgroups do not divide it). Channels beyond N repeat the last tile's; nothing of either is
@@ -284,67 +284,27 @@ def _consume(p: _Problem, t: _Block) -> None:
 
 def _multiply(p: _Problem, t: _Block, me: _Consumer, ring: list[I32]) -> tuple[list, list]:
     """One tile's steps -> this warpgroup's int32 sums [64, tokens] and the ring's next stage."""
-    zeros = [ptx.constant(0)] * (p.config.tokens // 2)
-    steps = p.steps
-    if p.config.overlaps:
-        acc, ring = _overlapped_pairs(p, t, me, zeros, ring)
-        steps = p.steps % 2
-    else:
-        acc = zeros
+    count = p.config.tokens // 2
 
     def step(_: I32, carry: list[I32]) -> list[I32]:
-        acc, fragments, slot = _start(p, t, me, carry[:-2], carry[-2:])
+        acc, (stage, parity) = carry[:count], carry[count:]
+        slot = stage * p.config.k_warpgroups + me.k_group
+        ptx.wait(t.full(slot), parity)
+        codes, scales = _load_weights(p, t, me, slot)
+        descriptor = ptx.wgmma_descriptor(t.shared + slot * p.memory.x_bytes)
+        fragments = []
+        for s in range(4):
+            pair = [layout.expand(word, scales) for word in codes[2 * s : 2 * s + 2]]
+            fragments += ptx.wgmma_fence([*pair[0], *pair[1]])
+            acc = ptx.wgmma_s8(acc, fragments[-4:], descriptor + 2 * s)
+        ptx.wgmma_commit()
         acc = ptx.wgmma_wait(acc, fragments)
         _release(p, t, slot)
-        return [*acc, *_next(carry[-2], carry[-1], p.config.stages)]
+        return [*acc, *_next(stage, parity, p.config.stages)]
 
-    if steps:
-        *acc, stage, parity = ptx.loop(ptx.constant(steps), [*acc, *ring], step)
-        ring = [stage, parity]
-    return acc, ring
-
-
-def _overlapped_pairs(
-    p: _Problem, t: _Block, me: _Consumer, acc: list[I32], ring: list[I32]
-) -> tuple[list[I32], list[I32]]:
-    """All steps, but the last of an odd number.
-
-    A step's wgmma are started before those of the step before are waited for, so that the tensor
-    core always has work, also where all warpgroups wait at once. Two steps a turn, because the
-    registers of the older one's weights must stay where they are until then.
-    """
-    count = len(acc)
-
-    def step(carry: list[I32]) -> list[I32]:
-        acc, older, (slot, *ring) = carry[:count], carry[count:-3], carry[-3:]
-        acc, fragments, next_slot = _start(p, t, me, acc, ring)
-        ptx.wgmma_wait_for_older(older)
-        _release(p, t, slot)
-        return [*acc, *fragments, next_slot, *_next(ring[0], ring[1], p.config.stages)]
-
-    nothing = [*[ptx.constant(0)] * 16, ptx.constant(-1)]  # before the first step
-    carry = [*acc, *nothing, *ring]
-    carry = ptx.loop(ptx.constant(p.steps // 2), carry, lambda _, carry: step(step(carry)))
-    acc = ptx.wgmma_wait(carry[:count], carry[count:-3])
-    _release(p, t, carry[-3])
-    return acc, carry[-2:]
-
-
-def _start(
-    p: _Problem, t: _Block, me: _Consumer, acc: list[I32], ring: list[I32]
-) -> tuple[list[I32], list[I32], I32]:
-    """Start a step's wgmma -> the sums to be, and the weights and the slot in use till then."""
-    slot = ring[0] * p.config.k_warpgroups + me.k_group
-    ptx.wait(t.full(slot), ring[1])
-    codes, scales = _load_weights(p, t, me, slot)
-    descriptor = ptx.wgmma_descriptor(t.shared + slot * p.memory.x_bytes)
-    fragments = []
-    for s in range(4):
-        pair = [layout.expand(word, scales) for word in codes[2 * s : 2 * s + 2]]
-        fragments += ptx.wgmma_fence([*pair[0], *pair[1]])
-        acc = ptx.wgmma_s8(acc, fragments[-4:], descriptor + 2 * s)
-    ptx.wgmma_commit()
-    return acc, fragments, slot
+    zeros = [ptx.constant(0)] * count
+    carry = ptx.loop(ptx.constant(p.steps), [*zeros, *ring], step)
+    return carry[:count], carry[count:]
 
 
 def _load_weights(p: _Problem, t: _Block, me: _Consumer, slot: I32) -> tuple[list[I32], Any]:
@@ -360,9 +320,8 @@ def _load_weights(p: _Problem, t: _Block, me: _Consumer, slot: I32) -> tuple[lis
 
 
 def _release(p: _Problem, t: _Block, slot: I32) -> None:
-    """This warp has done with a slot (-1: with none): its wgmma have been waited for."""
-    lanes = t.lane < p.config.cluster
-    with ptx.when(lanes & (slot > -1)):
+    """This warp has done with a slot: the wgmma that read it have been waited for."""
+    with ptx.when(t.lane < p.config.cluster):
         if p.config.cluster == 1:
             ptx.arrive(t.empty(slot))
         else:
@@ -444,7 +403,7 @@ class _Epilogue:
         with ptx.when(me.thread + first < p.config.tokens):
             token = ptx.minimum(self.token + me.thread + first, p.m - 1)
             target = self.columns + (me.thread + first) * 4
-            ptx.copy_word_to_shared(target + at, t.gmem[name].advance(token, 4))
+            ptx.copy_4_bytes(target + at, t.gmem[name].advance(token, 4))
 
     def scale(self, r: int, x_scale: F32, code_sum: F32 | None, total: I32) -> F32:
         """Row r of two: the epilogue of reference.py, operation by operation."""
@@ -456,7 +415,7 @@ class _Epilogue:
 
     def store(self, p: _Problem, t: _Block, me: _Consumer, first: I32 | int, acc: list) -> None:
         """Scale and store the sums of this warp's 16 channels, tokens from `first` of the tile."""
-        ptx.await_word_copies()
+        ptx.wait_all_copies()
         ptx.sync_block(128, (t.warp >> 2) + 5)
         columns = self.columns + (me.c * 2 + first) * 4
         with ptx.when(self.row_tile < p.n):

@@ -13,6 +13,7 @@ from qserve_jax.pallas_kernels.w4a8_matmul import layout
 from qserve_jax.quantization.qtensor import Array, Int8Activation, W4PerChannel, W4PerGroup
 
 FLOATS = ("bfloat16", "float16", "float32")
+MOST_FEATURES = 65536  # 127 * 128 * 65536 is within int32
 INT32_SUMS = "int32"
 """As out_dtype: the sums before the epilogue, for tests; per channel those of the codes."""
 
@@ -58,8 +59,8 @@ def gather(
     x i8[M, K], w i32[(L,) N/64, K/128, 4, words], channel_scale and scaled_zero f32[(L,) N], bias
     f32[N], x_scale f32[M], code_sum i32[M], residual [M, N], layer i32[1].
 
-    Raises NotImplementedError on another layout than `layout.LAYOUT`, no tokens, and other types of
-    the output or the residual than bf16, f16 and f32.
+    Raises NotImplementedError on another layout than `layout.LAYOUT`, no tokens, K beyond
+    MOST_FEATURES, and other types of the output or the residual than bf16, f16 and f32.
     """
     k = x.codes.shape[-1]
     codes = x.codes.reshape(-1, k)
@@ -75,6 +76,10 @@ def gather(
     for what, name in (("out_dtype", dtype), ("residual", added)):
         if name not in (*FLOATS, INT32_SUMS if what == "out_dtype" else None):
             raise NotImplementedError(f"{backend}: {what} {name} is none of {FLOATS}")
+    if k > MOST_FEATURES:
+        raise NotImplementedError(
+            f"{backend}: {k=} may leave int32, at most {MOST_FEATURES} cannot: split K"
+        )
     operands = {
         "x": codes,
         "w": w.codes,
@@ -84,7 +89,13 @@ def gather(
     if isinstance(w, W4PerChannel):
         operands |= {"scaled_zero": w.scaled_zero, "code_sum": x.code_sum.reshape(m)}
     if bias is not None:
-        operands["bias"] = bias.astype(jnp.float32)
+        operands["bias"] = bias
+    # The kernels read words of 4 bytes; scales may have been cast with the rest of a tree.
+    for name in ("channel_scale", "x_scale", "scaled_zero", "bias"):
+        if name in operands:
+            operands[name] = operands[name].astype(jnp.float32)
+    if "code_sum" in operands:
+        operands["code_sum"] = operands["code_sum"].astype(jnp.int32)
     if residual is not None:
         operands["residual"] = residual.reshape(m, n)
     if layer is not None:
@@ -103,5 +114,6 @@ def go_to_layer(p: Problem, gmem: dict[str, Address]) -> None:
     layer = ptx.minimum(ptx.maximum(layer, 0), p.layers - 1)
     weight_bytes = p.n // layout.ROWS * p.chunks * p.tile_bytes
     strides = {"w": weight_bytes, "channel_scale": 4 * p.n, "scaled_zero": 4 * p.n}
-    for name in strides.keys() & gmem.keys():
-        gmem[name] = gmem[name].advance(layer, strides[name])
+    for name, stride in strides.items():  # in this order: the same text in every process
+        if name in gmem:
+            gmem[name] = gmem[name].advance(layer, stride)

@@ -54,11 +54,6 @@ class Sm90Config:
         equal = min(REGISTERS // (128 * threads) // 8 * 8, 248)
         return min((equal * threads - PRODUCER_REGISTERS) // self.warpgroups // 8 * 8, 240)
 
-    @property
-    def overlaps(self) -> bool:
-        """Whether registers allow to start a step's wgmma before the last step's are done."""
-        return self.registers >= self.tokens // 2 + 60
-
 
 @dataclasses.dataclass(frozen=True)
 class SharedMemory:

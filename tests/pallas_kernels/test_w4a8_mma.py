@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.mosaic import gpu as mgpu
 
 from qserve_jax.benchmarks import shapes
 from qserve_jax.pallas_kernels import backend, intrinsics, prepare, w4a8_matmul
@@ -60,10 +61,10 @@ def test_is_lowered_as_sm_80_with_its_instructions_only(per_group, m, dtype):
 
 
 def test_the_architecture_is_forced_only_inside():
-    before = intrinsics.mgpu.utils._infer_arch()
+    before = mgpu.utils._infer_arch()
     with intrinsics.architecture(8, 6):
-        assert intrinsics.mgpu.utils._infer_arch() == (8, 6)
-    assert intrinsics.mgpu.utils._infer_arch() == before
+        assert mgpu.utils._infer_arch() == (8, 6)
+    assert mgpu.utils._infer_arch() == before
 
 
 def check_lowered(per_group, m, n, k):

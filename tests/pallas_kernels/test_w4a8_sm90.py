@@ -168,6 +168,28 @@ def test_refusals(rng):
         mosaic_sm90.gather("mosaic_sm90", x, packed, None, residual, None, "float16")
 
 
+@pytest.mark.parametrize("name", ["mosaic_sm90", "mosaic_mma"])
+def test_operands_that_do_not_fit_are_refused_and_casts_are_undone(name, rng):
+    x, w = make_activation(rng, 64, 256), to_kernel_layout(make_weight(False, rng, (64, 256)))
+    for change, message in (
+        ({"channel_scale": w.channel_scale[:, None]}, r"channel_scale has shape \(64, 1\) but"),
+        ({"scaled_zero": w.scaled_zero[:32]}, r"scaled_zero has shape \(32,\) but"),
+        ({"codes": jnp.zeros((1, 2, 4, 264), jnp.int32)}, r"need \[..., 4, 256\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            w4a8_matmul(x, dataclasses.replace(w, **change), backend=name)
+    for field in ("scale", "code_sum"):
+        with pytest.raises(ValueError, match=rf"x {field} has shape \(1, 64\) but"):
+            bad = dataclasses.replace(x, **{field: getattr(x, field)[None]})
+            w4a8_matmul(bad, w, backend=name)
+    with pytest.raises(NotImplementedError, match="k=65664 may leave int32, at most 65536"):
+        shapes = shape_only(True, 64, 64, 65536 + 128)
+        jax.eval_shape(lambda x, w: w4a8_matmul(x, w, layer=0, backend=name), *shapes)
+    halves = jax.tree.map(lambda a: a if a.dtype == jnp.int32 else a.astype(jnp.bfloat16), w)
+    text = lower(lambda x, w: w4a8_matmul(x, w, backend=name), x, halves)
+    assert "tensor<64xbf16>) -> tensor<64xf32>" in text
+
+
 # Transformations
 
 
@@ -178,7 +200,7 @@ def test_has_no_derivative_and_says_so(name, rng):
     def loss(scale):
         return w4a8_matmul(dataclasses.replace(x, scale=scale), w, backend=name).sum()
 
-    with pytest.raises(NotImplementedError, match="g128_.* has no derivative: differentiate the"):
+    with pytest.raises(TypeError, match="g128_.* has no derivative: differentiate the"):
         jax.jit(jax.grad(loss)).trace(x.scale)
 
 

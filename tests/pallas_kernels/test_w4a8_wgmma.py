@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from qserve_jax.pallas_kernels import intrinsics
+from qserve_jax.pallas_kernels.intrinsics import tensor_cores
 from qserve_jax.pallas_kernels.w4a8_matmul import layout, reference, to_kernel_layout
 from tests.pallas_kernels.w4a8_cases import every_kind, make_activation, make_weight
 
@@ -25,7 +25,7 @@ def copy_tile(memory, base, x):
 
 def read_b(memory, low, tokens):
     """B of wgmma by its descriptor, K-major: int8[tokens, 32] (PTX ISA, matrix descriptor)."""
-    low, high = int(low), intrinsics._DESCRIPTOR_HIGH
+    low, high = int(low), tensor_cores._DESCRIPTOR_HIGH
     assert high >> 30 == 1  # 128-byte swizzle; bits 49-51, the base offset, are 0
     start, stride = (low & 0x3FFF) << 4, (high & 0x3FFF) << 4
     token, k = np.arange(tokens)[:, None], np.arange(32)
@@ -61,7 +61,7 @@ def multiply(w, x, base):
     for chunk in range(words.shape[0]):
         memory = np.zeros(base + 128 * TOKENS, np.int8)
         copy_tile(memory, base, x[:, 128 * chunk : 128 * chunk + 128])
-        descriptor = intrinsics.wgmma_descriptor(base)  # pyright: ignore[reportArgumentType]
+        descriptor = tensor_cores.wgmma_descriptor(base)  # pyright: ignore[reportArgumentType]
         tiles = words[chunk]
         scales = None
         if tiles.shape[-1] > layout.CODE_WORDS:

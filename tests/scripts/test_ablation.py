@@ -105,13 +105,13 @@ def machine(monkeypatch):
     fake = SimpleNamespace(
         minimum=np.minimum,
         copy_16_bytes=copy_16_bytes,
-        copy_word_to_shared=lambda target, source: write(target, source.read(4)),
+        copy_4_bytes=lambda target, source: write(target, source.read(4)),
     )
     monkeypatch.setattr(ablation, "ptx", fake)
     monkeypatch.setattr(ablation, "_load", load)
     monkeypatch.setattr(ablation, "_permute", permute)
     monkeypatch.setattr(ablation, "_choose", choose)
-    monkeypatch.setattr(mosaic_mma._Thread, "__init__", lambda self, p, refs, shared: None)
+    monkeypatch.setattr(mosaic_mma.Thread, "__init__", lambda self, p, refs, shared: None)
     return shared
 
 
@@ -207,7 +207,7 @@ def kernel_text(lowered: str) -> str:
 @pytest.mark.parametrize("case", ablation.cases([16, 64]), ids=str)
 def test_variants_lower_and_leave_the_product_as_it_was(case):
     design, m, variant = case
-    before = (layout.expand, layout.split_scales, mosaic_mma.gather, mosaic_mma._Thread)
+    before = (layout.expand, layout.split_scales, mosaic_mma.gather, mosaic_mma.Thread)
     x, w = shapes(m, 4096, 4096, variant)
     program = ablation.lower(design, variant, x, w, "bfloat16", "cuda")
     text = kernel_text(program.as_text())
@@ -216,7 +216,7 @@ def test_variants_lower_and_leave_the_product_as_it_was(case):
     # 32 codes a lane and tile, one by one; the minima of the product are those of indices.
     clamps = text.count("arith.minsi")
     assert (clamps > 32) == (variant == "scalar")
-    assert before == (layout.expand, layout.split_scales, mosaic_mma.gather, mosaic_mma._Thread)
+    assert before == (layout.expand, layout.split_scales, mosaic_mma.gather, mosaic_mma.Thread)
 
 
 def test_losses_and_table():

@@ -1,0 +1,41 @@
+"""Control flow of the machine. Python's own if and for unroll while the kernel is built."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import scf
+
+from qserve_jax.pallas_kernels.intrinsics._mlir import mlir_i32
+from qserve_jax.pallas_kernels.intrinsics.registers import I32, Predicate
+
+
+@contextlib.contextmanager
+def when(condition: Predicate) -> Iterator[None]:
+    """The statements inside run where the condition holds."""
+    branch = scf.IfOp(condition.value)
+    with ir.InsertionPoint(branch.then_block):
+        yield
+        scf.yield_([])
+
+
+def branch(condition: Predicate, yes: Callable[[], None], no: Callable[[], None]) -> None:
+    """One of two bodies: whole warps, or even warpgroups, that do different things."""
+    op: Any = scf.IfOp(condition.value, has_else=True)
+    for block, body in ((op.then_block, yes), (op.else_block, no)):
+        with ir.InsertionPoint(block):
+            body()
+            scf.yield_([])
+
+
+def loop(count: I32, carry: Sequence[I32], body: Callable[..., Sequence[I32]]) -> list[I32]:
+    """carry = body(i, carry) for i in 0..count-1; returns the last carry."""
+    values = [c.value for c in carry]
+    op: Any = scf.ForOp(mlir_i32(0), count.value, mlir_i32(1), values)
+    with ir.InsertionPoint(op.body):
+        inner = [I32(v) for v in op.inner_iter_args]
+        scf.yield_([v.value for v in body(I32(op.induction_variable), inner)])
+    return [I32(v) for v in op.results]

@@ -1,0 +1,71 @@
+"""Where a thread stands, and what threads do together: meet, and reduce over a warp."""
+
+from __future__ import annotations
+
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir.dialects import arith, gpu
+
+from qserve_jax.pallas_kernels.intrinsics._mlir import do_ptx, ptx_value
+from qserve_jax.pallas_kernels.intrinsics.registers import F32, I32
+
+
+def block_index() -> I32:
+    """Of `launch`'s blocks. vmap adds further dimensions to the grid, and slices the operands."""
+    return I32(arith.index_cast(I32.mlir_type(), gpu.block_id(gpu.Dimension.x)))
+
+
+def thread_index() -> I32:
+    """Of the block's threads."""
+    return I32(mgpu.utils.thread_idx())
+
+
+def warp_index() -> I32:
+    """thread_index() // 32, known to be the same in the whole warp."""
+    return I32(mgpu.utils.warp_idx(sync=True))
+
+
+def cluster_rank() -> I32:
+    """This block's index in its cluster."""
+    return ptx_value(I32, "mov.u32 $0, %cluster_ctarank;")
+
+
+def sync_warp() -> None:
+    do_ptx("bar.warp.sync 0xffffffff;", convergent=True)
+
+
+def sync_block(threads: int, barrier: I32 | int = 1) -> None:
+    """Of `threads` threads, whole warps; each group that meets has a barrier of 1..15."""
+    do_ptx(f"bar.sync $0, {threads};", barrier, convergent=True)
+
+
+def sync_cluster() -> None:
+    """Of all threads of all blocks; shared memory written before is visible after."""
+    sync_warp()
+    do_ptx(
+        "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;",
+        convergent=True,
+    )
+
+
+def set_max_registers(count: int, *, increase: bool) -> None:
+    """How many registers each thread of this warpgroup has from here on; a multiple of 8."""
+    action = "inc" if increase else "dec"
+    do_ptx(f"setmaxnreg.{action}.sync.aligned.u32 {count};", convergent=True)
+
+
+def warp_max(value: I32) -> I32:
+    """The largest of the warp's 32 signed integers, in every lane."""
+    return ptx_value(I32, "redux.sync.max.s32 $0, $1, 0xffffffff;", value, convergent=True)
+
+
+def warp_sum(value: I32) -> I32:
+    """The sum of the warp's 32 integers, in every lane."""
+    return ptx_value(I32, "redux.sync.add.s32 $0, $1, 0xffffffff;", value, convergent=True)
+
+
+def warp_sum_float(value: F32) -> F32:
+    """The sum of the warp's 32 floats, in every lane with the same bits: a butterfly."""
+    for lanes in (16, 8, 4, 2, 1):
+        code = f"shfl.sync.bfly.b32 $0, $1, {lanes}, 31, 0xffffffff;"
+        value += ptx_value(F32, code, value, convergent=True)
+    return value

@@ -55,7 +55,7 @@ def refuse_unsupported(hf: Mapping[str, Any], reads: set[str]) -> None:
         name = method.get("quant_method", "unknown") if isinstance(method, Mapping) else method
         raise ValueError(
             f"quantization_config (quant_method {brief(name)}) is not supported: use the float "
-            "checkpoint; published QServe checkpoints cannot be read yet"
+            "checkpoint, or one that load_model reads (qserve_jax, qoq, some of gptq and awq)"
         )
     known = READ | reads
     refused = {k: v for k, v in hf.items() if k not in known and not _is_harmless(k, v)}

@@ -89,15 +89,23 @@ def linear(
     """x [..., K] @ kernel [K, N] (+ bias [N]) -> dtype[..., N].
 
     A quantised kernel is stacked and read at `layer`; with int8 x it is an integer matmul, with
-    float x it is dequantised first (w4a16). A float kernel is this layer's own.
+    float x it is dequantised first (w4a16). A float kernel is this layer's own. A kernel that can
+    be called computes the product itself, float[..., K] -> [..., N]: a pytree whose arrays are this
+    layer's, the hook for experiments (qserve_jax/evaluation/yardsticks.py).
     """
     kernel, bias = p["kernel"], p.get("bias")
     if isinstance(x, Int8Activation):
         return quantized_matmul(x, kernel, bias=bias, layer=layer, out_dtype=dtype, backend=backend)
+    y: Any = kernel(x) if callable(kernel) else _float_product(x, kernel, layer, dtype)
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype)
+
+
+def _float_product(x: Array, kernel: Any, layer: Any, dtype: Any) -> Array:
+    """x [..., K] @ kernel [K, N] -> f32[..., N], the kernel dequantised where it is a container."""
     if is_quantized(kernel):
         kernel = dequantize_weight(from_kernel_layout(take_layer(kernel, layer))).T
-    y = jnp.dot(x, kernel.astype(dtype), precision="highest", preferred_element_type=jnp.float32)
-    return (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype)
+    kernel = kernel.astype(dtype)
+    return jnp.dot(x, kernel, precision="highest", preferred_element_type=jnp.float32)
 
 
 def projection_parts(p: Params, names: tuple[str, ...], fused: str) -> list[Params]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         QuantConfig,
         Rule,
         dequantize_params,
+        fake_quantize_params,
         quantization_report,
         quantize_params,
     )
@@ -28,6 +29,7 @@ __all__ = [
     "Rule",
     "SamplingParams",
     "dequantize_params",
+    "fake_quantize_params",
     "load_model",
     "quantization_report",
     "quantize_params",
@@ -39,6 +41,7 @@ _HOME = {
     "Rule": "quantization",
     "SamplingParams": "runtime",
     "dequantize_params": "quantization",
+    "fake_quantize_params": "quantization",
     "load_model": "checkpoint",
     "quantization_report": "quantization",
     "quantize_params": "quantization",

@@ -177,11 +177,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     demo = importlib.resources.files("qserve_jax") / "assets" / "demo"
     # fmt: off
     add("--model", metavar="DIR_OR_HF_ID", default=str(demo),
-        help="Hugging Face checkpoint with safetensors (default: the embedded demo model)")
-    add("--precision", choices=PRECISIONS, default="w4a8kv4",
-        help="bits of weights, activations and KV cache (default: %(default)s)")
-    add("--group-size", type=int, choices=(-1, 128), default=128,
-        help="input features per scale of 4-bit weights, -1 for one per channel (default: 128)")
+        help="Hugging Face checkpoint, float or quantised (default: the embedded demo model)")
+    add("--precision", choices=PRECISIONS,
+        help="bits of weights, activations and KV cache (default: those of a quantised checkpoint, "
+        "else w4a8kv4)")
+    add("--group-size", type=int, choices=(-1, 128),
+        help="input features per scale of 4-bit weights, -1 for one per channel (default: that of "
+        "a quantised checkpoint, else 128)")
     add("--dtype", choices=DTYPES, default="bfloat16",
         help="of activations, embeddings and head (default: %(default)s)")
     add("--backend", choices=BACKENDS, default="auto",
@@ -254,7 +256,8 @@ def make_llm(
     from qserve_jax.runtime import LLM
 
     backend = None if args.backend == "auto" else args.backend
-    prepare_for_backend(loaded.params, backend, in_place=True)  # frees the parts as it goes
+    act_bits = loaded.model.act_bits
+    prepare_for_backend(loaded.params, backend, act_bits=act_bits, in_place=True)  # frees the parts
     context = loaded.config.context_length
     limit = args.max_model_len or context
     longest = 1 << (longest - 1).bit_length()

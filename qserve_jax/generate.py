@@ -69,7 +69,7 @@ def generate(argv: Sequence[str]) -> None:
             print_text(output, header=len(outputs) > 1)
     sys.stdout.flush()  # before the statistics, where both go to one terminal
     if not args.quiet:
-        if llm.quant_config.weight_bits < 16:
+        if args.quantized_on_load:
             print("note: weights were quantised on load, by round-to-nearest", file=sys.stderr)
         print(format_stats(run), file=sys.stderr)
 
@@ -93,6 +93,8 @@ def load(
     """The LLM, with a cache for these prompts; their token ids; and the seconds that it took,
     compilation apart. Raises ValueError, naming the place of a prompt that cannot be used."""
     loaded, seconds = _cli.load(args)
+    is_float = loaded.format == "float"
+    args.quantized_on_load = is_float and loaded.quant_config.weight_bits < 16
     from qserve_jax.runtime.compile_time import clock
 
     start = clock()

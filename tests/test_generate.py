@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from qserve_jax import LLM, _cli, checkpoint, load_model
-from qserve_jax.checkpoint.load import DTYPES
+from qserve_jax.checkpoint.export import DTYPES
 from qserve_jax.generate import build_parser, checked_arguments, engine_prompt, main
 from qserve_jax.pallas_kernels import BACKENDS
 from qserve_jax.quantization.config import PRECISIONS
@@ -204,7 +204,15 @@ def test_model_flags_reach_the_engine(monkeypatch):
         loaded.append((args, kwargs))
         tokenizer = SimpleNamespace(chat_template=None, encode=lambda *_, **__: [3] * 90)
         config = SimpleNamespace(context_length=500, vocab_size=9)
-        return SimpleNamespace(config=config, tokenizer=tokenizer, params={"layers": {}})
+        quant = SimpleNamespace(weight_bits=4)
+        return SimpleNamespace(
+            model=SimpleNamespace(act_bits=8),
+            config=config,
+            tokenizer=tokenizer,
+            params={"layers": {}},
+            format="float",
+            quant_config=quant,
+        )
 
     def fake_llm(_, **kwargs):
         raise Captured(kwargs)
@@ -268,7 +276,7 @@ def test_sampling_flags():
 def test_defaults_are_greedy():
     args, params, _ = checked("--prompt", "a")
     assert params == SamplingParams() and params.temperature == 0 and params.max_tokens == 256
-    assert args.stream and args.precision == "w4a8kv4" and args.group_size == 128
+    assert args.stream and args.precision is None and args.group_size is None
     assert Path(args.model).parts[-3:] == ("qserve_jax", "assets", "demo")
 
 

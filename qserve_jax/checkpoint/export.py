@@ -18,12 +18,12 @@ from safetensors.numpy import save_file
 from qserve_jax.checkpoint.errors import listing
 from qserve_jax.checkpoint.hf import SINGLE
 from qserve_jax.checkpoint.key_table import Target, targets
-from qserve_jax.checkpoint.load import float_dtype
 from qserve_jax.models.config import ModelConfig, RopeConfig
 from qserve_jax.models.llama import param_shapes
 from qserve_jax.models.registry import config_from_hf
 from qserve_jax.quantization.qtensor import is_quantized
 
+DTYPES = ("float32", "bfloat16", "float16")
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -69,6 +69,17 @@ def export_hf(
     generation = {key: hf[key] for key in ("bos_token_id", "eos_token_id")}
     for name, content in (("generation_config.json", generation), ("config.json", hf)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def float_dtype(dtype: Any) -> jnp.dtype:
+    """`dtype`, a name or a dtype, as one of DTYPES. Raises ValueError for any other."""
+    try:
+        parsed = jnp.dtype(dtype)
+    except TypeError:
+        parsed = None
+    if parsed is None or parsed.name not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not supported: use one of {', '.join(DTYPES)}")
+    return parsed
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from qserve_jax.checkpoint import torch_file
 from qserve_jax.checkpoint.errors import CheckpointError, first_line, listing
 from qserve_jax.models.config import ModelConfig
 from qserve_jax.models.hf_keys import read_token_ids
@@ -18,16 +21,24 @@ from qserve_jax.models.registry import config_from_hf
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+NUMPY_DTYPES = {
+    **{"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16},
+    **{"U8": np.uint8, "I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64},
+}
 PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """One tensor as the header of its file tells it. dtype: safetensors' own name, like "BF16"."""
+    """One tensor as the header of its file tells it. dtype: safetensors' own name, like "BF16".
+
+    stored: where it is in a PyTorch file; None in safetensors.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    stored: torch_file.StoredTensor | None = None
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -58,17 +69,19 @@ def check_is_file(file: Path) -> None:
     raise CheckpointError(f"{file} is {kind}: put the file itself there")
 
 
-def read_config(folder: Path) -> ModelConfig:
+def read_config(folder: Path, *, is_quantized: bool = False) -> ModelConfig:
     """The ModelConfig of config.json; EOS tokens as generation_config.json has them, where it does.
 
     (So does transformers' `generate`: chat models often name their end-of-turn tokens only there.)
+    is_quantized: a `quantization_config` is known and read elsewhere (formats.py).
     Raises CheckpointError, naming the file, where config.json is missing or no JSON, and for all
     that `config_from_hf` refuses.
     """
     file, generation = folder / "config.json", folder / "generation_config.json"
     if not _is_there(file):
         raise CheckpointError(f"{folder} has no config.json: pass a Hugging Face checkpoint")
-    config = _parse(file, config_from_hf)
+    known = {"quantization_config"} if is_quantized else set()
+    config = _parse(file, lambda hf: config_from_hf({k: hf[k] for k in hf if k not in known}))
     if not _is_there(generation):
         return config
     eos = _parse(generation, lambda hf: read_token_ids(hf, "eos_token_id", config.vocab_size))
@@ -154,6 +167,9 @@ def tensor_specs(files: list[Path]) -> dict[str, TensorSpec]:
 
 def _read_header(file: Path) -> dict[str, TensorSpec]:
     check_is_file(file)
+    if file.suffix == ".bin":
+        index = torch_file.read_index(file)
+        return {name: TensorSpec(file, t.dtype, t.shape, t) for name, t in index.items()}
     try:
         with safe_open(file, framework="numpy") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}
@@ -172,5 +188,16 @@ def read_rows(name: str, spec: TensorSpec, start: int, stop: int) -> np.ndarray:
 
     Opens the file each time: pages of a mapping that stays open would count as our memory.
     """
+    if spec.stored is not None:
+        dtype = NUMPY_DTYPES[spec.dtype]
+        return torch_file.read_stored(spec.file, spec.stored, dtype, start, stop)
     with safe_open(spec.file, framework="numpy") as tensors:
         return tensors.get_slice(name)[start:stop]
+
+
+def torch_files(folder: Path) -> list[Path]:
+    """The PyTorch archives that hold the weights where there are no safetensors; else none."""
+    if any(folder.glob("*.safetensors")) or _is_there(folder / INDEX):
+        return []
+    files = sorted(f for f in folder.glob("*.bin") if f.is_file())
+    return [file for file in files if zipfile.is_zipfile(file)]

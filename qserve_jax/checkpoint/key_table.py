@@ -29,6 +29,8 @@ MODULES = {
 }
 PARAMETERS = {"embedding": "weight", "kernel": "weight", "scale": "weight", "bias": "bias"}
 
+FLOATS = ("F32", "BF16", "F16")
+
 # Tables of rotary frequencies, which old checkpoints carry and which follow from the config.
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 IGNORED_IF_TIED = re.compile(rf"{IGNORED.pattern}|lm_head\.weight")
@@ -40,11 +42,13 @@ class Target:
 
     layer: index into the leaf's leading axis, None where the leaf is not stacked.
     shape: the tensor's own; a kernel is [N, K] in Hugging Face and [K, N] in the canonical tree.
+    dtypes: that the tensor may have in a file.
     """
 
     path: str
     layer: int | None
     shape: tuple[int, ...]
+    dtypes: tuple[str, ...] = FLOATS
 
     @property
     def is_kernel(self) -> bool:

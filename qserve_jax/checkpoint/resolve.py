@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from qserve_jax.checkpoint.atomic import PARTIAL, partial_of
 from qserve_jax.checkpoint.errors import CheckpointError, first_line, shorten
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -29,6 +30,7 @@ def resolve(path_or_id: str | os.PathLike[str]) -> Path:
     shown = shorten(path_or_id)
     try:
         path = Path(path_or_id).expanduser()
+        refuse_partial(path)
         if path.is_dir():
             return path
         if path.exists():
@@ -40,6 +42,19 @@ def resolve(path_or_id: str | os.PathLike[str]) -> Path:
     if not HUB_ID.fullmatch(str(path_or_id)):
         raise CheckpointError(f"no such directory: {shown}; {CURE}")
     return _download(str(path_or_id))
+
+
+def refuse_partial(path: Path) -> None:
+    """Raises CheckpointError for what an interrupted run has left, by its own name or that of the
+    checkpoint it was to become."""
+    absolute = path.absolute()
+    is_partial = absolute.name.endswith(PARTIAL) and absolute.is_dir()
+    partial = absolute if is_partial else partial_of(absolute)
+    if is_partial or (partial.is_dir() and not path.exists()):
+        raise CheckpointError(
+            f"{shorten(absolute.with_name(partial.name.removesuffix(PARTIAL)))} was not written to "
+            f"its end ({partial.name} is what is left): run the command that writes it again"
+        )
 
 
 def _reason(error: Exception, path: Any) -> str:

@@ -1,6 +1,7 @@
 """What QoQ is: pure transforms over arrays and pytrees. Imports jax and numpy only."""
 
 from qserve_jax.quantization.config import QuantConfig
+from qserve_jax.quantization.fake import fake_quantize_params
 from qserve_jax.quantization.params import (
     dequantize_kernel,
     dequantize_params,
@@ -30,6 +31,7 @@ __all__ = [
     "W8PerChannel",
     "dequantize_kernel",
     "dequantize_params",
+    "fake_quantize_params",
     "quantization_report",
     "quantize_kernel",
     "quantize_params",

@@ -18,6 +18,8 @@ class QuantConfig:
       output channel. Read for 4-bit weights only.
     act_bits: 8 (per token, dynamic) or 16 (left in float).
     kv_bits: 4, 8 (per token and KV head) or 16 (left in float).
+    scale_dtype: float32, or float16 to round the channel scales of 4-bit weights to it before
+      coding. They stay float32 arrays; published QServe checkpoints store them in float16.
 
     Raises ValueError on any other value.
     """
@@ -26,6 +28,7 @@ class QuantConfig:
     group_size: int = 128
     act_bits: int = 8
     kv_bits: int = 4
+    scale_dtype: str = "float32"
 
     def __post_init__(self):
         for field, allowed in (
@@ -33,6 +36,7 @@ class QuantConfig:
             ("group_size", GROUP_SIZES),
             ("act_bits", (8, 16)),
             ("kv_bits", (4, 8, 16)),
+            ("scale_dtype", ("float32", "float16")),
         ):
             value = getattr(self, field)
             if value not in allowed:

@@ -88,18 +88,28 @@ def _range_with_zero(x: Array) -> tuple[Array, Array]:
     return low, high
 
 
-def quantize_progressive(w: Array, group_size: int) -> tuple[Array, Array, Array, Array]:
+def _as_stored(scale: Array, scale_dtype: str) -> Array:
+    """A weight scale as `scale_dtype` holds it, in float32; in float16 at least 2**-24."""
+    if scale_dtype == "float32":
+        return scale
+    return jnp.maximum(_round_to_float16(scale).astype(jnp.float32), 2.0**-24)
+
+
+def quantize_progressive(
+    w: Array, group_size: int, scale_dtype: str = "float32"
+) -> tuple[Array, Array, Array, Array]:
     """Two-level 4-bit weights (QServe section 4.1, equations 4-7).
 
     w: float[..., N, K], K a multiple of group_size.
     Level 1: s1 = absmax / 119, u = clip(w / s1, -119, 119), not rounded.
     Level 2, per group: s2 = max(1, round((max u - min u) / 15)),
     z = clip(round(-min u / s2), 0, 15), code = clip(round(u / s2 + z), 0, 15).
+    scale_dtype: what s1 is rounded to before anything is coded with it, float32 or float16.
     Returns codes u8[..., N, K], channel_scale f32[..., N], group_scale u8[..., N, K/g],
     group_offset i8[..., N, K/g] = -z * s2.
     """
     w = _flush_subnormals(w)
-    channel_scale = _symmetric_scale(w, PROTECTIVE_RANGE)
+    channel_scale = _as_stored(_symmetric_scale(w, PROTECTIVE_RANGE), scale_dtype)
     u = _clip_product(w, _divide(1, channel_scale)[..., None], PROTECTIVE_RANGE)
     u = u.reshape(*u.shape[:-1], u.shape[-1] // group_size, group_size)
     low, high = _range_with_zero(u)
@@ -115,21 +125,26 @@ def quantize_progressive(w: Array, group_size: int) -> tuple[Array, Array, Array
     )
 
 
-def quantize_per_channel(w: Array) -> tuple[Array, Array, Array]:
+def quantize_per_channel(w: Array, scale_dtype: str = "float32") -> tuple[Array, Array, Array]:
     """Asymmetric 4-bit weights, one scale and integer zero point per output channel.
 
     w: float[..., N, K]. scale = (max - min) / 15 with the range widened to contain zero,
     z = clip(round(-min / scale), 0, 15), code = clip(round(w / scale + z), 0, 15).
     A range beyond float32 counts as the largest float32, so that code * scale stays finite.
+    scale_dtype: what scale and z * scale are rounded to, float32 or float16.
     Returns codes u8[..., N, K], channel_scale f32[..., N], scaled_zero f32[..., N] = z * scale.
     """
     w = _flush_subnormals(w)
     low, high = _range_with_zero(w)
     span = jnp.minimum(high - low, jnp.finfo(jnp.float32).max)
     scale = jnp.where(span < MIN_WEIGHT_ABSMAX, jnp.float32(1), _divide(span, 15))
+    scale = _as_stored(scale, scale_dtype)
     zero = jnp.clip(jnp.round(-low * _divide(1, scale)), 0, 15)
     codes = _asymmetric_codes(w, scale, zero)
-    return codes.astype(jnp.uint8), scale[..., 0], (zero * scale)[..., 0]
+    scaled_zero = zero * scale
+    if scale_dtype == "float16":
+        scaled_zero = _round_to_float16(scaled_zero).astype(jnp.float32)
+    return codes.astype(jnp.uint8), scale[..., 0], scaled_zero[..., 0]
 
 
 def quantize_int8(w: Array) -> tuple[Array, Array]:

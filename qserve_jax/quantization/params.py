@@ -60,6 +60,7 @@ class Plan:
     group_size: int = -1
     reason: str = ""
     fallback: bool = False
+    scale_dtype: str = "float32"
 
 
 def plan(
@@ -90,12 +91,13 @@ def plan(
         return Plan("w8 per-channel", source)
     if k % 2:
         return Plan("float", reason=f"K={k} is odd, 4-bit codes need pairs", fallback=True)
+    made = functools.partial(Plan, source=source, scale_dtype=config.scale_dtype)
     if group_size == -1:
-        return Plan("w4 per-channel", source)
+        return made("w4 per-channel")
     if k % group_size:
         reason = f"K={k} is not a multiple of group_size={group_size}"
-        return Plan("w4 per-channel", source, reason=reason, fallback=True)
-    return Plan("w4 per-group", source, group_size)
+        return made("w4 per-channel", reason=reason, fallback=True)
+    return made("w4 per-group", group_size=group_size)
 
 
 def _source(path: str, shape: tuple[int, ...], dtype: Any, rule: Rule) -> Source:
@@ -199,7 +201,7 @@ def quantize_params(
         raise ValueError(f"stats={type(stats).__name__} is not supported yet: pass stats=None")
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
     planned = [plan_leaf(path, leaf, config, rules) for path, leaf in leaves]
-    _announce_fallbacks(planned, strict)
+    announce_fallbacks(planned, strict)
     quantized = [
         quantize_leaf(leaf, leaf_plan)
         for (_, leaf), (_, leaf_plan) in zip(leaves, planned, strict=True)
@@ -207,7 +209,7 @@ def quantize_params(
     return treedef.unflatten(quantized)
 
 
-def _announce_fallbacks(planned: list[tuple[str, Plan]], strict: bool) -> None:
+def announce_fallbacks(planned: list[tuple[str, Plan]], strict: bool) -> None:
     fallbacks = [f"{name} ({p.reason}: {p.scheme})" for name, p in planned if p.fallback]
     if not fallbacks:
         return
@@ -230,9 +232,9 @@ def _quantize(w: Array, leaf_plan: Plan) -> QuantizedWeight:
     if leaf_plan.scheme == "w8 per-channel":
         return W8PerChannel(*quantize_int8(w), source)
     if leaf_plan.scheme == "w4 per-channel":
-        codes, scale, scaled_zero = quantize_per_channel(w)
+        codes, scale, scaled_zero = quantize_per_channel(w, leaf_plan.scale_dtype)
         return W4PerChannel(pack_nibbles(codes), scale, scaled_zero, source)
-    codes, scale, group_scale, offset = quantize_progressive(w, group_size)
+    codes, scale, group_scale, offset = quantize_progressive(w, group_size, leaf_plan.scale_dtype)
     return W4PerGroup(pack_nibbles(codes), scale, group_scale, offset, group_size, source)
 
 

@@ -80,7 +80,8 @@ class LLM:
     """A model with its cache, ready to generate. vLLM's shape, JAX inside.
 
     model: a Hugging Face directory or id, or a `LoadedModel`, which settles the next three.
-    precision, group_size: see QuantConfig.preset. dtype: of activations, embeddings and head.
+    precision, group_size: see `load_model`; w4a8kv4 in groups of 128 by default.
+    dtype: of activations, embeddings and head.
     max_model_len: longest prompt plus completion; default the model's context.
     page_size: tokens per cache page. num_pages: of the pool; default from free memory.
     max_num_seqs: sequences decoded together. seed: of requests without one of their own.
@@ -95,8 +96,8 @@ class LLM:
     def __init__(
         self,
         model: str | os.PathLike[str] | LoadedModel,
-        precision: str = "w4a8kv4",
-        group_size: int = 128,
+        precision: str | None = None,
+        group_size: int | None = None,
         dtype: Any = "bfloat16",
         *,
         max_model_len: int | None = None,
@@ -130,7 +131,9 @@ class LLM:
         self.config, self.tokenizer = model.config, model.tokenizer
         self.quant_config = model.quant_config
         self.model = model.model if backend is None else model.model.clone(backend=backend)
-        self.params = prepare_for_backend(model.params, self.model.backend, in_place=loaded_here)
+        self.params = prepare_for_backend(
+            model.params, self.model.backend, act_bits=self.model.act_bits, in_place=loaded_here
+        )
         del model
         longest = self.config.context_length
         if max_model_len is not None:

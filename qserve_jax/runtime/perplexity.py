@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from qserve_jax.models.llama import CausalLM
+from qserve_jax.quantization.qtensor import Array
 
 Span = tuple[int, int, int]
 """(begin, end, first): a window holds text tokens begin..end-1 and scores those from `first` on."""
@@ -29,6 +30,7 @@ class Perplexity:
       cluster sampling). NaN for a single window, which says nothing of the spread.
     standard_error: that of `value`, by the delta method: value * loss_standard_error.
     window_losses, window_tokens: f64[W] S_w and i64[W] n_w of the windows that score tokens.
+    greedy_tokens: i32[num_tokens], the model's likeliest token in place of each scored one.
     """
 
     value: float
@@ -38,6 +40,7 @@ class Perplexity:
     num_tokens: int
     window_losses: np.ndarray = dataclasses.field(repr=False, compare=False)
     window_tokens: np.ndarray = dataclasses.field(repr=False, compare=False)
+    greedy_tokens: np.ndarray = dataclasses.field(repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.value:.4g} ± {self.standard_error:.2g}"
@@ -78,15 +81,19 @@ def perplexity(
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} tokens: give at least 2")
     spans = window_spans(len(ids), seq_len - len(prefix), stride, scores_first=len(prefix) > 0)
-    sums = []
+    sums, greedy = [], []
     for start in tqdm(range(0, len(spans), batch_size), disable=not progress, desc="perplexity"):
         batch = spans[start : start + batch_size]
         tokens, lengths = _pad_windows(ids, batch, prefix, batch_size, seq_len)
-        losses = np.asarray(_token_losses(model, params, tokens, lengths, kv_bits), np.float64)
+        scores = token_losses(model, params, tokens, lengths, kv_bits)
+        losses, likeliest = np.asarray(scores[0], np.float64), np.asarray(scores[1])
         offset = len(prefix) - 1  # losses[:, i] is the loss of the window's token i + 1
-        for row, (begin, end, first) in zip(losses, batch, strict=False):
-            sums.append(row[first - begin + offset : end - begin + offset].sum())
-    return _summarize(np.array(sums), np.array([end - first for _, end, first in spans]))
+        for row, (begin, end, first) in enumerate(batch):
+            scored = slice(first - begin + offset, end - begin + offset)
+            sums.append(losses[row, scored].sum())
+            greedy.append(likeliest[row, scored])
+    counts = np.array([end - first for _, end, first in spans])
+    return _summarize(np.array(sums), counts, np.concatenate(greedy))
 
 
 def loss_difference(a: Perplexity, b: Perplexity) -> tuple[float, float]:
@@ -95,12 +102,16 @@ def loss_difference(a: Perplexity, b: Perplexity) -> tuple[float, float]:
     Paired: what makes a window hard for both cancels, so this is far sharper than the two standard
     errors apart. Raises ValueError when the windows differ.
     """
+    _check_same_windows(a, b)
+    return _ratio(a.window_losses - b.window_losses, a.window_tokens)
+
+
+def _check_same_windows(a: Perplexity, b: Perplexity) -> None:
     if not np.array_equal(a.window_tokens, b.window_tokens):
         raise ValueError(
             f"windows differ ({a.num_tokens} tokens in {len(a.window_tokens)} windows against "
             f"{b.num_tokens} in {len(b.window_tokens)}): use the same text, seq_len and stride"
         )
-    return _ratio(a.window_losses - b.window_losses, a.window_tokens)
 
 
 def window_spans(
@@ -168,15 +179,29 @@ def _pad_windows(
     return tokens, lengths
 
 
+def agreement(a: Perplexity, b: Perplexity) -> tuple[float, float]:
+    """(share of scored tokens for which both models have the same likeliest token, its standard
+    error by `Perplexity`'s estimator). Raises ValueError when the windows differ."""
+    _check_same_windows(a, b)
+    same = (a.greedy_tokens == b.greedy_tokens).astype(np.float64)
+    starts = np.cumsum(a.window_tokens) - a.window_tokens
+    return _ratio(np.add.reduceat(same, starts), a.window_tokens)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def _token_losses(model, params, tokens, lengths, kv_bits):
-    """-log p of each next token: f32[B, T-1]; entries at and beyond `lengths` - 1 mean nothing."""
+def token_losses(
+    model: CausalLM, params: Any, tokens: Array, lengths: Array, kv_bits: int
+) -> tuple[Array, Array]:
+    """(-log p f32[B, T-1] of each next token, the likeliest next token i32[B, T-1]) of right-padded
+    tokens i32[B, T]; entries at and beyond `lengths` i32[B] - 1 mean nothing."""
     # Padding repeats the last position: a rope that depends on the length sees the true one, and
     # no query before the last token, whose prediction is not scored, attends to padding.
     positions = jnp.minimum(jnp.arange(tokens.shape[1]), lengths[:, None] - 1)
-    logits = model.apply({"params": params}, tokens, positions=positions, kv_bits=kv_bits)[:, :-1]
+    variables = {"params": params}
+    logits: Any = model.apply(variables, tokens, positions=positions, kv_bits=kv_bits)
+    logits = logits[:, :-1]
     chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+    return jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.argmax(logits, axis=-1)
 
 
 def _ratio(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
@@ -189,8 +214,8 @@ def _ratio(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     return float(mean), float(np.sqrt(n / (n - 1) * (residuals**2).sum()) / total)
 
 
-def _summarize(sums: np.ndarray, counts: np.ndarray) -> Perplexity:
+def _summarize(sums: np.ndarray, counts: np.ndarray, greedy: np.ndarray) -> Perplexity:
     loss, error = _ratio(sums, counts)
     with np.errstate(over="ignore"):
         value = float(np.exp(loss))
-    return Perplexity(value, value * error, loss, error, int(counts.sum()), sums, counts)
+    return Perplexity(value, value * error, loss, error, int(counts.sum()), sums, counts, greedy)

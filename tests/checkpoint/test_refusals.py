@@ -266,9 +266,9 @@ def test_bad_arguments_are_found_before_the_checkpoint():
     path = "/no/such/directory"
     assert_refused(path, "precision 'w3a8'", error=ValueError, precision="w3a8")
     assert_refused(path, "group_size=64", error=ValueError, group_size=64)
-    for precision in (4, None, ["w4a8kv4"], b"w4a8kv4"):
+    for precision in (4, ["w4a8kv4"], b"w4a8kv4"):
         assert_refused(path, "is not a string", error=ValueError, precision=precision)
-    for size in ("128", 128.0, None, True, np.ones(2)):
+    for size in ("128", 128.0, True, np.ones(2)):
         assert_refused(path, "not an integer: use 128", error=ValueError, group_size=size)
     assert_refused(
         path, "tpu", "mosaic_sm90, mosaic_mma, reference", error=ValueError, backend="tpu"

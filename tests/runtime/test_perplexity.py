@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qserve_jax.models import CausalLM, ModelConfig, RopeConfig, init_params
-from qserve_jax.runtime.perplexity import loss_difference, perplexity, window_spans
+from qserve_jax.runtime.perplexity import agreement, loss_difference, perplexity, window_spans
 
 V, CONTEXT = 7, 16
 TABLE = np.random.default_rng(0).normal(size=(V, V)).astype(np.float32)
@@ -116,6 +116,28 @@ def test_difference_is_paired():
     assert error < 0.1 * a.loss_standard_error
     with pytest.raises(ValueError, match="windows differ .* use the same text"):
         loss_difference(a, perplexity(Toy(), TABLE, ids, seq_len=4))  # type: ignore
+
+
+@pytest.mark.parametrize("stride", [None, 3])
+def test_greedy_tokens_and_agreement(stride):
+    """Each scored token's likeliest, in the text's order; agreement as a ratio over windows."""
+    ids = np.random.default_rng(6).integers(0, V, 29)
+    other = np.random.default_rng(7).normal(size=TABLE.shape).astype(np.float32)
+    options = {"seq_len": 8, "stride": stride, "batch_size": 3}
+    a, b = (perplexity(Toy(), t, ids, **options) for t in (TABLE, other))  # type: ignore
+    rows, expected_tokens = [], []
+    for begin, end, first in window_spans(29, 8, stride, scores_first=False):
+        sums = [sum(ids[begin:i]) % V for i in range(first, end)]
+        expected_tokens += [TABLE[s].argmax() for s in sums]
+        rows.append((sum(TABLE[s].argmax() == other[s].argmax() for s in sums), len(sums)))
+    np.testing.assert_array_equal(a.greedy_tokens, expected_tokens)
+    same, counts = np.array(rows).T
+    share = same.sum() / counts.sum()
+    found, error = agreement(a, b)
+    assert 0 < share < 1 and found == pytest.approx(share)
+    variance = ((same - share * counts) ** 2).sum() * len(rows) / (len(rows) - 1)
+    assert error == pytest.approx(math.sqrt(variance) / counts.sum())
+    assert agreement(a, a) == (1, 0)
 
 
 def test_spans_cover_each_token_once():

@@ -1,0 +1,118 @@
+"""Output directories that are there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from qserve_jax.checkpoint.errors import CheckpointError
+from qserve_jax.checkpoint.hf import INDEX, SINGLE
+
+PARTIAL = ".partial"
+SHARD_BYTES = 4 * 10**9
+COMPANIONS = (
+    *("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+"""What a checkpoint holds beside weights and config.json, and a converted one keeps."""
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder `path`.partial to write into, which becomes `path` when all has gone well.
+
+    After an error it is removed; where the process is killed it stays, which `load_model` refuses
+    and the next run removes. Raises CheckpointError where `path` exists and is no empty directory.
+    """
+    final = Path(path).expanduser()
+    check_free(final)
+    partial = partial_of(final)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.replace(partial, final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def check_free(path: Path) -> None:
+    """Raises CheckpointError where there is something at `path` already, for the user to decide."""
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists() or path.is_symlink():
+        raise CheckpointError(f"{path} exists already: choose another output, or remove it")
+
+
+def partial_of(path: Path) -> Path:
+    """The folder that stands for `path` until it is complete."""
+    return path.absolute().with_name(path.absolute().name + PARTIAL)
+
+
+def write_shards(
+    folder: Path, tensors: Iterable[tuple[str, np.ndarray]], limit: int = SHARD_BYTES
+) -> None:
+    """Write safetensors: one file, or an index and shards of at most `limit` bytes (or one tensor).
+
+    tensors: (name, array), in the order of the shards. Host memory: one shard.
+    """
+    shards: list[list[str]] = []
+    shard: dict[str, np.ndarray] = {}
+    total = 0
+    for name, tensor in tensors:
+        if shard and _size(shard) + tensor.nbytes > limit:
+            shards.append(_write_shard(folder, len(shards), shard))
+            shard = {}
+        shard[name] = tensor
+        total += tensor.nbytes
+    shards.append(_write_shard(folder, len(shards), shard))
+    if len(shards) == 1:
+        _shard_path(folder, 0).rename(folder / SINGLE)
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        final = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        _shard_path(folder, i).rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(folder / INDEX, index)
+
+
+def _size(shard: Mapping[str, np.ndarray]) -> int:
+    return sum(tensor.nbytes for tensor in shard.values())
+
+
+def _shard_path(folder: Path, index: int) -> Path:
+    return folder / f"shard-{index}.safetensors"
+
+
+def _write_shard(folder: Path, index: int, shard: dict[str, np.ndarray]) -> list[str]:
+    file = _shard_path(folder, index)
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in shard.items()}
+    save_file(contiguous, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors leaves it to its owner alone
+    return list(shard)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """One JSON object, indented."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_companions(source: Path | None, folder: Path) -> None:
+    """Tokenizer, chat template and generation_config.json of a checkpoint."""
+    if source is None:
+        return
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)

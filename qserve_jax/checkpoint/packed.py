@@ -1,0 +1,121 @@
+"""Quantised projections as files hold them: several tensors for each, some in another order.
+
+A format says how by a `Packing` per projection; names, shapes, checks and stacking are here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qserve_jax.checkpoint.key_table import Target, targets
+from qserve_jax.models.config import ModelConfig
+from qserve_jax.quantization.packing import unpack_nibbles
+from qserve_jax.quantization.qtensor import QuantizedWeight, W4PerChannel, W4PerGroup
+from qserve_jax.quantization.rules import Rule
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One tensor of a projection, `<module>.<name>`. dtypes: safetensors' names."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """A projection of one layer in a file. Hashable.
+
+    decode: the fields' numpy arrays, in order -> the arrays of the container of one layer, in the
+      order of its pytree leaves. Raises ValueError where the container cannot hold them.
+    """
+
+    fields: tuple[Field, ...]
+    decode: Callable[..., Sequence[Any]]
+
+
+def packed_targets(config: ModelConfig, packings: Mapping[str, Packing]) -> dict[str, Target]:
+    """What a checkpoint must hold: as `key_table.targets`, fields instead of packed weights.
+
+    packings: by the path of the canonical leaf, like layers/q_proj/kernel.
+    """
+    wanted = {}
+    for name, target in targets(config).items():
+        if target.path not in packings:
+            wanted[name] = target
+            continue
+        for field in packings[target.path].fields:
+            key = field_name(name, field.name)
+            wanted[key] = Target(target.path, target.layer, field.shape, field.dtypes)
+    return wanted
+
+
+def field_name(weight: str, field: str) -> str:
+    """model.layers.0.mlp.up_proj.weight, codes -> model.layers.0.mlp.up_proj.codes"""
+    return f"{weight.removesuffix('.weight')}.{field}"
+
+
+def kernel_sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Path of each projection's kernel -> (N, K)."""
+    return {t.path: (t.shape[0], t.shape[1]) for t in targets(config).values() if t.is_kernel}
+
+
+def scheme_rules(schemes: Mapping[str, Mapping[str, int]]) -> tuple[Rule, ...]:
+    """{projection: {weight_bits, group_size}} as rules, which say what `quantize_params` makes."""
+    return tuple(
+        Rule(
+            rf"^layers/{projection}/kernel$",
+            weight_bits=scheme["weight_bits"],
+            group_size=scheme["group_size"],
+        )
+        for projection, scheme in schemes.items()
+    )
+
+
+def is_valid(container: QuantizedWeight) -> jax.Array:
+    """Whether every stored code gives an int8 and every scale is finite; under jit."""
+    arrays = jax.tree.leaves(container)
+    floats = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
+    finite = jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
+    if not isinstance(container, W4PerGroup):
+        return finite
+    value = _level_one(container, jnp)
+    return finite & (value >= -128).all() & (value <= 127).all()
+
+
+def _level_one(w: W4PerGroup, xp: Any) -> Any:
+    """code * group_scale + group_offset, int32[N, K/g, g], without wrapping."""
+    codes = unpack_nibbles(w.codes).reshape(*w.group_scale.shape, w.group_size)
+    codes = xp.asarray(codes).astype(xp.int32)
+    scale, offset = xp.asarray(w.group_scale), xp.asarray(w.group_offset)
+    return codes * scale.astype(xp.int32)[..., None] + offset.astype(xp.int32)[..., None]
+
+
+def explain_invalid(container: QuantizedWeight) -> str:
+    """What makes `is_valid` false: the first offender, with its numbers."""
+    scales = [container.channel_scale]
+    scales += [container.scaled_zero] if isinstance(container, W4PerChannel) else []
+    for scale in map(np.asarray, scales):
+        if not np.isfinite(scale).all():
+            n = int(np.argmin(np.isfinite(scale)))
+            return f"the scale of channel {n} is {scale[n]}: use an intact checkpoint"
+    assert isinstance(container, W4PerGroup)
+    value = _level_one(container, np)
+    n, group, i = np.argwhere((value < -128) | (value > 127))[0]
+    k = int(group) * container.group_size + int(i)
+    code = int(np.asarray(unpack_nibbles(container.codes))[n, k])
+    scale, offset = (int(x[n, group]) for x in (container.group_scale, container.group_offset))
+    return (
+        f"the stored code {code} of channel {n}, input {k} gives {code} * {scale} + {offset} = "
+        f"{value[n, group, i]}, outside int8, which the kernels cannot compute: quantise the float "
+        "checkpoint again with a protective range of 119"
+    )

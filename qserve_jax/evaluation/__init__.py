@@ -1,0 +1,1 @@
+"""What quantisation costs: perplexity, agreement with float and multiple-choice tasks, compared."""

@@ -74,8 +74,12 @@ def silu_mul_input(
     """
     if len(gate_up) == 1 and wants_int8(act_bits, kernel):
         return silu_mul_quantize(gate_up[0], backend=backend)
-    gate, up = gate_up if len(gate_up) == 2 else jnp.split(gate_up[0], 2, axis=-1)
-    return quantize_input(silu_mul(gate, up), act_bits, kernel, backend=backend)
+    return quantize_input(silu_mul(*split_gate_up(gate_up)), act_bits, kernel, backend=backend)
+
+
+def split_gate_up(gate_up: list[Array]) -> list[Array]:
+    """[gate, up] of [gate, up] or [both, side by side]."""
+    return gate_up if len(gate_up) == 2 else jnp.split(gate_up[0], 2, axis=-1)
 
 
 def linear(
@@ -96,12 +100,14 @@ def linear(
     kernel, bias = p["kernel"], p.get("bias")
     if isinstance(x, Int8Activation):
         return quantized_matmul(x, kernel, bias=bias, layer=layer, out_dtype=dtype, backend=backend)
-    y: Any = kernel(x) if callable(kernel) else _float_product(x, kernel, layer, dtype)
+    y = _float_product(x, kernel, layer, dtype)
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype)
 
 
-def _float_product(x: Array, kernel: Any, layer: Any, dtype: Any) -> Array:
+def _float_product(x: Array, kernel: Any, layer: Any, dtype: Any) -> Any:
     """x [..., K] @ kernel [K, N] -> f32[..., N], the kernel dequantised where it is a container."""
+    if callable(kernel):
+        return kernel(x)
     if is_quantized(kernel):
         kernel = dequantize_weight(from_kernel_layout(take_layer(kernel, layer))).T
     kernel = kernel.astype(dtype)

@@ -21,7 +21,9 @@ from qserve_jax.models.layers import (
     normalized_projections,
     quantize_input,
     rms_norm,
+    silu_mul,
     silu_mul_input,
+    split_gate_up,
     split_in_place,
 )
 from qserve_jax.models.rope import apply_rope, rope_frequencies
@@ -32,6 +34,9 @@ from qserve_jax.quantization.qtensor import Array, KVCache
 
 Attention = Callable[[Array, Array, Array, Array, Any], tuple[Array, Any]]
 """(q [B, T, N, H], k [B, T, K, H], v, layer index, state) -> (output [B, T, N, H], state)."""
+
+Tap = Callable[[str, Callable[[], Array]], None]
+"""Shown the layer's matmul inputs and heads by name, as thunks; see `calibration.matmul_inputs`."""
 
 
 class CausalLM(nn.Module):
@@ -151,29 +156,40 @@ def hidden_states(
     return rms_norm(x, params["final_norm"]["scale"], config.rms_norm_eps), state
 
 
-def decoder_layer(model, p, x, layer, positions, rope, attention, state):
+def no_tap(name: str, value: Callable[[], Array]) -> None:
+    """Looks at nothing."""
+
+
+def decoder_layer(model, p, x, layer, positions, rope, attention, state, tap: Tap = no_tap):
     """One layer: x [B, T, D] -> (x, state)."""
     options = {"layer": layer, "dtype": x.dtype, "backend": model.backend}
     config, act_bits, backend = model.config, model.act_bits, model.backend
     with jax.named_scope("attention"):
         norm = x, p["attn_norm"]["scale"], config.rms_norm_eps
         names = ("q_proj", "k_proj", "v_proj")
+        tap("q_proj", lambda: rms_norm(*norm))
         qkv = normalized_projections(*norm, p, names, "qkv_proj", act_bits=act_bits, **options)
         q, k, v = split_heads(qkv, config)
         if config.qk_norm:
             q = rms_norm(q, p["q_norm"]["scale"], config.rms_norm_eps)
             k = rms_norm(k, p["k_norm"]["scale"], config.rms_norm_eps)
         q, k = apply_rope(q, positions, *rope), apply_rope(k, positions, *rope)
-        y, state = attention(q, k, v, layer, state)
-        y = y.reshape(*y.shape[:-2], -1)
+        tap("queries", lambda: q)
+        tap("keys", lambda: k)
+        tap("values", lambda: v)
+        heads, state = attention(q, k, v, layer, state)
+        heads = heads.reshape(*heads.shape[:-2], -1)
+        tap("o_proj", lambda: heads)
         o = p["o_proj"]
-        y = quantize_input(y, act_bits, o["kernel"], backend=backend)
+        y = quantize_input(heads, act_bits, o["kernel"], backend=backend)
         x = x + linear(y, o, **options)
     with jax.named_scope("mlp"):
         norm = x, p["mlp_norm"]["scale"], config.rms_norm_eps
         names = ("gate_proj", "up_proj")
+        tap("gate_proj", lambda: rms_norm(*norm))
         both = normalized_projections(*norm, p, names, "gate_up_proj", act_bits=act_bits, **options)
         down = p["down_proj"]
+        tap("down_proj", lambda: silu_mul(*split_gate_up(both)))
         y = silu_mul_input(both, act_bits, down["kernel"], backend=backend)
         return x + linear(y, down, **options), state
 

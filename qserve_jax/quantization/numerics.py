@@ -108,21 +108,30 @@ def quantize_progressive(
     Returns codes u8[..., N, K], channel_scale f32[..., N], group_scale u8[..., N, K/g],
     group_offset i8[..., N, K/g] = -z * s2.
     """
-    w = _flush_subnormals(w)
-    channel_scale = _as_stored(_symmetric_scale(w, PROTECTIVE_RANGE), scale_dtype)
-    u = _clip_product(w, _divide(1, channel_scale)[..., None], PROTECTIVE_RANGE)
-    u = u.reshape(*u.shape[:-1], u.shape[-1] // group_size, group_size)
-    low, high = _range_with_zero(u)
-    scale = jnp.maximum(jnp.round(_divide(high - low, 15)), 1)
-    zero = jnp.clip(jnp.round(-low * _divide(1, scale)), 0, 15)
-    codes = _asymmetric_codes(u, scale, zero).reshape(w.shape)
-    scale, zero = scale[..., 0], zero[..., 0]
+    u, channel_scale, scale, zero = progressive_grid(w, group_size, scale_dtype)
+    groups = u.reshape(*scale.shape, group_size)
+    codes = _asymmetric_codes(groups, scale[..., None], zero[..., None]).reshape(w.shape)
     return (
         codes.astype(jnp.uint8),
         channel_scale,
         scale.astype(jnp.uint8),
         (-zero * scale).astype(jnp.int8),
     )
+
+
+def progressive_grid(
+    w: Array, group_size: int, scale_dtype: str = "float32"
+) -> tuple[Array, Array, Array, Array]:
+    """The grid of `quantize_progressive`: u f32[..., N, K], channel_scale f32[..., N] and, per
+    group, scale and zero f32[..., N, K/g] (whole numbers)."""
+    w = _flush_subnormals(w)
+    channel_scale = _as_stored(_symmetric_scale(w, PROTECTIVE_RANGE), scale_dtype)
+    u = _clip_product(w, _divide(1, channel_scale)[..., None], PROTECTIVE_RANGE)
+    groups = u.reshape(*u.shape[:-1], u.shape[-1] // group_size, group_size)
+    low, high = _range_with_zero(groups)
+    scale = jnp.maximum(jnp.round(_divide(high - low, 15)), 1)
+    zero = jnp.clip(jnp.round(-low * _divide(1, scale)), 0, 15)
+    return u, channel_scale, scale[..., 0], zero[..., 0]
 
 
 def quantize_per_channel(w: Array, scale_dtype: str = "float32") -> tuple[Array, Array, Array]:
@@ -134,17 +143,27 @@ def quantize_per_channel(w: Array, scale_dtype: str = "float32") -> tuple[Array,
     scale_dtype: what scale and z * scale are rounded to, float32 or float16.
     Returns codes u8[..., N, K], channel_scale f32[..., N], scaled_zero f32[..., N] = z * scale.
     """
-    w = _flush_subnormals(w)
-    low, high = _range_with_zero(w)
+    scale, zero = per_channel_grid(w, scale_dtype)
+    codes = _asymmetric_codes(_flush_subnormals(w), scale[..., None], zero[..., None])
+    return codes.astype(jnp.uint8), scale, scaled_zeros(scale, zero, scale_dtype)
+
+
+def scaled_zeros(scale: Array, zero: Array, scale_dtype: str = "float32") -> Array:
+    """zero * scale as a per-channel container holds it."""
+    product = zero * scale
+    if scale_dtype == "float16":
+        product = _round_to_float16(product).astype(jnp.float32)
+    return product
+
+
+def per_channel_grid(w: Array, scale_dtype: str = "float32") -> tuple[Array, Array]:
+    """The grid of `quantize_per_channel`: scale and zero (a whole number), f32[..., N]."""
+    low, high = _range_with_zero(_flush_subnormals(w))
     span = jnp.minimum(high - low, jnp.finfo(jnp.float32).max)
     scale = jnp.where(span < MIN_WEIGHT_ABSMAX, jnp.float32(1), _divide(span, 15))
     scale = _as_stored(scale, scale_dtype)
     zero = jnp.clip(jnp.round(-low * _divide(1, scale)), 0, 15)
-    codes = _asymmetric_codes(w, scale, zero)
-    scaled_zero = zero * scale
-    if scale_dtype == "float16":
-        scaled_zero = _round_to_float16(scaled_zero).astype(jnp.float32)
-    return codes.astype(jnp.uint8), scale[..., 0], scaled_zero[..., 0]
+    return scale[..., 0], zero[..., 0]
 
 
 def quantize_int8(w: Array) -> tuple[Array, Array]:

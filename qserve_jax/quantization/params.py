@@ -179,7 +179,7 @@ def quantize_params(
       A weight that is a nested Python list is no array but a tree of numbers: it stays as it is.
     rules: None takes DEFAULT_RULES, every leaf named `kernel` with at least two axes, [..., K, N].
       Trees of Flax attention need FLAX_RULES, MaxText's MAXTEXT_RULES.
-    stats: calibration statistics; not supported yet, must be None.
+    stats: must be None; `quantize_with_statistics` (quantization/transforms) takes statistics.
     strict: raise where a leaf cannot be quantised as asked. Otherwise one UserWarning names all
       such leaves: 4-bit with K not a multiple of the group falls to per-channel, with K odd stays
       in float; a kernel of three or more axes named query, key, value or out is, without rules,
@@ -198,7 +198,10 @@ def quantize_params(
     and where config is no QuantConfig.
     """
     if stats is not None:
-        raise ValueError(f"stats={type(stats).__name__} is not supported yet: pass stats=None")
+        raise ValueError(
+            f"stats={type(stats).__name__} is not read by quantize_params: call "
+            "qserve_jax.quantization.transforms.quantize_with_statistics, or pass stats=None"
+        )
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
     planned = [plan_leaf(path, leaf, config, rules) for path, leaf in leaves]
     announce_fallbacks(planned, strict)
@@ -210,6 +213,7 @@ def quantize_params(
 
 
 def announce_fallbacks(planned: list[tuple[str, Plan]], strict: bool) -> None:
+    """One UserWarning, or ValueError if strict, that names every leaf not quantised as asked."""
     fallbacks = [f"{name} ({p.reason}: {p.scheme})" for name, p in planned if p.fallback]
     if not fallbacks:
         return
@@ -228,7 +232,7 @@ def quantize_leaf(leaf: Any, leaf_plan: Plan) -> Any:
 def _quantize(w: Array, leaf_plan: Plan) -> QuantizedWeight:
     source, group_size = leaf_plan.source, leaf_plan.group_size
     assert source is not None
-    w = _as_n_by_k(_replicate_cut_axes(w, source, group_size), source)
+    w = as_n_by_k(_replicate_cut_axes(w, source, group_size), source)
     if leaf_plan.scheme == "w8 per-channel":
         return W8PerChannel(*quantize_int8(w), source)
     if leaf_plan.scheme == "w4 per-channel":
@@ -242,7 +246,7 @@ def _axes(source: Source, role: AxisRole) -> tuple[int, ...]:
     return tuple(axis for axis, r in enumerate(source.roles) if r == role)
 
 
-def _as_n_by_k(w: Array, source: Source) -> Array:
+def as_n_by_k(w: Array, source: Source) -> Array:
     """The original layout -> [*stack, N, K]."""
     order = _axes(source, "stack") + _axes(source, "out") + _axes(source, "in")
     w = jnp.transpose(w, order)
@@ -253,7 +257,7 @@ def _as_n_by_k(w: Array, source: Source) -> Array:
 def _replicate_cut_axes(w: Array, source: Source, group_size: int) -> Array:
     """Under explicit sharding (jax.sharding.AxisType.Explicit) a reshape may not cut a shard.
 
-    So replicate the axes of `w` where `_as_n_by_k` or the grouping along K would: a sharded axis
+    So replicate the axes of `w` where `as_n_by_k` or the grouping along K would: a sharded axis
     merged behind another, and K in shards that are no multiple of the group (or of a pair of
     codes). Under automatic sharding types carry no spec, and XLA moves what it must.
     """

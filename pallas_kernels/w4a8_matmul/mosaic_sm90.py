@@ -210,8 +210,8 @@ def _next(slot: I32, parity: I32, stages: int) -> tuple[I32, I32]:
 
 
 def _produce(p: _Problem, t: _Block) -> None:
-    """The chunks of all tiles one after another, dealt to the four warps: starting a copy takes a
-    warp about 80 cycles, and so one warp could not keep up."""
+    """The chunks of all tiles one after another, dealt to the four warps: one warp, which starts
+    one copy after another, could not keep up."""
     ptx.set_max_registers(PRODUCER_REGISTERS, increase=False)
     chunks = p.steps * p.config.k_warpgroups  # some beyond K, for an even number each
     group_bytes = layout.BLOCKS * p.tile_bytes

@@ -141,9 +141,8 @@ def _broken_rule(config: Sm90Config, m: int, n: int, per_group: bool) -> str | N
 def choose_config(m: int, n: int, k: int, per_group: bool) -> Sm90Config:
     """The config for x [m, k] and a weight [k, n]: the largest tile that keeps the SMs busy.
 
-    A large tile reads less for what it multiplies. Sweeps on an H200 put the best within 3 % of
-    this choice (docs/architecture.md). Where none keeps BUSY of the SMs at work, the one that comes
-    nearest.
+    A large tile reads less for what it multiplies. Where none keeps BUSY of the SMs at work, the
+    one that comes nearest.
     """
     most = -(-m // 256)
     tokens = min(256, _round_up(-(-m // most), 32))

@@ -36,17 +36,21 @@ STATS = re.compile(
 
 
 @pytest.fixture(scope="module")
-def story_llm(shared_data):
-    path = shared_data / "stories260k-hf"
-    return LLM(path, "w16a16kv16", dtype="float32", max_num_seqs=2, seed=0)
+def story_model(shared_data):
+    return load_model(shared_data / "stories260k-hf", precision="w16a16kv16", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def story_llm(story_model):
+    return LLM(story_model, max_num_seqs=2, seed=0)
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(monkeypatch, capsys, story_model):
     """Runs the command on a model that is loaded already; returns stdout and stderr."""
 
     def run(llm, *argv):
-        monkeypatch.setattr(_cli, "load", lambda args: (llm, 0.0))
+        monkeypatch.setattr(_cli, "load", lambda args: (story_model, 0.0))
         monkeypatch.setattr(_cli, "make_llm", lambda *args: llm)
         assert main(argv) == 0
         return capsys.readouterr()

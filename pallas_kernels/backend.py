@@ -19,6 +19,15 @@ BACKENDS = ("mosaic_sm90", "mosaic_mma", "reference")
 ENVIRONMENT_VARIABLE = "QSERVE_JAX_BACKEND"
 
 
+UNPROVEN = frozenset(
+    {
+        ("paged_attention", "mosaic_sm90"),
+        ("paged_attention", "mosaic_mma"),
+    }
+)
+"""(operation, backend) that have not run on a GPU yet: they run only where they are named."""
+
+
 def resolve(backend: str | None) -> tuple[str, ...]:
     """Backends to try, in order. None reads QSERVE_JAX_BACKEND; unset or "auto" means all of them.
 
@@ -81,7 +90,10 @@ def dispatch(
     When none is left (an explicit backend is alone on its list) the last refusal propagates.
     """
     refusal = None
-    for name in resolve(backend):
+    names = resolve(backend)
+    for name in names:
+        if len(names) > 1 and (op, name) in UNPROVEN:
+            continue
         if name not in implementations:
             refusal = refusal or NotImplementedError(f"{op} has no {name!r} backend")
             continue

@@ -1,20 +1,23 @@
-"""Integer matrix products: mma.sync (one warp, from sm_80 on) and wgmma (a warpgroup, Hopper).
+"""Matrix products: mma.sync (one warp, from sm_80 on) and wgmma (a warpgroup, Hopper).
 
-Which lane holds which element: PTX ISA, "Matrix fragments for mma.m16n8k32" and "for wgmma".
+Which lane holds which element: PTX ISA, "Matrix fragments for mma.m16n8k32", "m16n8k16" and "for
+wgmma".
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from qserve_jax.pallas_kernels.intrinsics._mlir import (
     change_in_place,
     do_ptx,
+    ptx_name,
     ptx_value,
     ptx_values,
     vector,
 )
-from qserve_jax.pallas_kernels.intrinsics.registers import I32
+from qserve_jax.pallas_kernels.intrinsics.registers import F32, I32
 
 # A warp
 
@@ -36,6 +39,21 @@ def mma_s8(acc: Sequence[I32], a: Sequence[I32], b: Sequence[I32]) -> list[I32]:
         f"{vector(0, 4)}, {vector(4, 4)}, {vector(8, 2)}, {vector(10, 4)};"
     )
     return ptx_values(I32, 4, code, *a, *b, *acc, convergent=True)
+
+
+def mma_halves(acc: Sequence[F32], a: Sequence[I32], b: Sequence[I32], dtype: Any) -> list[F32]:
+    """acc[4] + a[4] @ b[2], m16n8k16, bf16 or f16 (`dtype`) with sums in float32.
+
+    Of lane l, g = l // 4 and c = l % 4: a[i] is row g + 8 (i % 2), columns 2 c + 8 (i // 2) and the
+    next; b[i] is rows 2 c + 8 i and the next, column g; acc[i] is row g + 8 (i // 2), column
+    2 c + i % 2.
+    """
+    name = ptx_name(dtype)
+    code = (
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{name}.{name}.f32 "
+        f"{vector(0, 4)}, {vector(4, 4)}, {vector(8, 2)}, {vector(10, 4)};"
+    )
+    return ptx_values(F32, 4, code, *a, *b, *acc, convergent=True)
 
 
 def transpose_halves(value: I32) -> I32:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -9,7 +11,29 @@ from qserve_jax.pallas_kernels.backend import check_layer, dispatch
 from qserve_jax.pallas_kernels.paged_attention import reference
 from qserve_jax.quantization.qtensor import Array, KVCache
 
-ATTENTION_BACKENDS = {"reference": reference.paged_attention}
+
+def _mosaic_sm90(*args: Any, **kwargs: Any) -> Array:
+    """Imported when it is asked for: what it stands on is JAX's for GPUs."""
+    from qserve_jax.pallas_kernels.paged_attention import mosaic_sm90
+
+    return mosaic_sm90.decode(*args, **kwargs)
+
+
+def _mosaic_mma(*args: Any, **kwargs: Any) -> Array:
+    from qserve_jax.pallas_kernels.paged_attention import mosaic_mma
+
+    return mosaic_mma.decode(*args, **kwargs)
+
+
+def _reference(*args: Any, order: Array | None, **kwargs: Any) -> Array:
+    return reference.paged_attention(*args, **kwargs)
+
+
+ATTENTION_BACKENDS = {
+    "mosaic_sm90": _mosaic_sm90,
+    "mosaic_mma": _mosaic_mma,
+    "reference": _reference,
+}
 ATTENDS = ("full", "quantized")
 
 
@@ -50,6 +74,7 @@ def paged_attention(
     sm_scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    order: Array | None = None,
     backend: str | None = None,
 ) -> Array:
     """Causal attention of new tokens over the paged cache and each other.
@@ -64,6 +89,8 @@ def paged_attention(
       so that the result does not depend on how a prompt was split (append first).
     window: a query sees the last `window` positions, its own included. softcap: tanh cap of scores.
     sm_scale: factor of the scores, default H**-0.5.
+    order: i32[B], the rows in the order in which a kernel takes them, see `longest_first`; it
+      changes no result.
     Returns q's shape and dtype. Outputs of padding tokens are finite and meaningless.
 
     Raises ValueError when shapes do not fit. Page ids out of range are masked, not read; check
@@ -92,8 +119,17 @@ def paged_attention(
         sm_scale=sm_scale,
         window=window,
         softcap=softcap,
+        order=order,
     )
     return out[:, 0] if single else out
+
+
+def longest_first(context_lens: Array) -> Array:
+    """The `order` i32[B] of rows by length, longest first: a ragged batch then ends together.
+
+    Once for all layers of a step, outside their scan.
+    """
+    return jnp.argsort(-context_lens).astype(jnp.int32)
 
 
 def validate_paged_inputs(cache: KVCache, block_table, context_lens) -> None:

@@ -60,7 +60,7 @@ def attention(
     make_copies: MakeCopies,
     q: Array,
     *args: Any,
-    config: DecodeConfig | None,
+    config: DecodeConfig | None = None,
     clusters: bool,
     barriers: Callable[[DecodeConfig], int],
     arch: tuple[int, int] | None,

@@ -1,35 +1,87 @@
-"""Cases of decode attention: poisoned caches with sequences on shuffled pages, and float64."""
+"""Cases of decode attention: poisoned caches with sequences on shuffled pages, and float64.
+
+All of it in numpy, the layout of the cache too, as `KVCache` describes it.
+"""
 
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qserve_jax.pallas_kernels import append_kv
-from qserve_jax.quantization.numerics import fake_quantize_kv
-from qserve_jax.quantization.qtensor import KVCache, kv_bytes_per_token
+from qserve_jax.quantization.qtensor import KVCache
 
 S_P, LAYERS = 64, 2
-append = jax.jit(append_kv)
+POISON = 0x7FC0  # NaN as f16 and as bf16
 
 
 @dataclasses.dataclass
 class Case:
-    """One decode step. arguments: of paged_attention; expected float64[B, N, H]."""
+    """One decode step. arguments: of paged_attention; stored: float64[2, S, K, H] of each row, K
+    and V as they are to be seen."""
 
     arguments: dict[str, Any]
-    expected: np.ndarray
+    stored: list[np.ndarray]
+    options: dict[str, Any]
+
+    def expected(self, seen: dict[int, np.ndarray] | None = None) -> np.ndarray:
+        """float64[B, N, H]. seen: row -> bool[S] of the tokens that can be."""
+        q = np.asarray(self.arguments["q"].astype(jnp.float32), np.float64)
+        rows = [
+            decode(q[row], *kv, seen=(seen or {}).get(row), **self.options)
+            for row, kv in enumerate(self.stored)
+        ]
+        return np.stack(rows)
 
 
-def poisoned_cache(bits: int, pages: int, heads: int, h: int, dtype: Any = jnp.bfloat16) -> KVCache:
-    """Every 16-bit half of every page, so every scale too, is a NaN (as f16 and as bf16)."""
-    lead = (LAYERS, pages, heads)
+def quantized(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x [..., H] -> codes u8, scale and centre f16 [...], asymmetric over H."""
+    low, high = x.min(-1), x.max(-1)
+    scale = ((high - low) / (2**bits - 1)).astype(np.float16)
+    centre = (low + 2 ** (bits - 1) * scale.astype(np.float64)).astype(np.float16)
+    codes = np.rint(
+        (x - centre.astype(np.float64)[..., None]) / scale.astype(np.float64)[..., None]
+    )
+    return np.clip(codes + 2 ** (bits - 1), 0, 2**bits - 1).astype(np.uint8), scale, centre
+
+
+def dequantized(codes: np.ndarray, scale: np.ndarray, centre: np.ndarray, bits: int) -> np.ndarray:
+    offset = codes.astype(np.float64) - 2 ** (bits - 1)
+    return offset * scale.astype(np.float64)[..., None] + centre.astype(np.float64)[..., None]
+
+
+def fill_page(block: np.ndarray, offset: int, parts: list[Any], bits: int) -> None:
+    """Write a token into a (page, head) block u8[bytes]. parts: codes, scale, centre of K, of V."""
+    scales = np.array([parts[1], parts[2], parts[4], parts[5]], np.float16).view(np.uint8)
+    size = len(parts[0]) * bits // 8
+    for side, codes in enumerate((parts[0], parts[3])):
+        octets = codes if bits == 8 else codes[0::2] | codes[1::2] << 4
+        start = side * S_P * size + offset * size
+        block[start : start + size] = octets
+    block[2 * S_P * size + 8 * offset :][:8] = scales
+
+
+def make_pages(raw: list[np.ndarray], table: np.ndarray, num_pages: int, bits: int, dtype: Any):
+    """Pages [LAYERS, P, K, ...] with the rows on layer 1, else NaN; and what they hold."""
+    _, _, heads, h = raw[0].shape
     if bits == 16:
-        return KVCache(jnp.full((*lead, 2, S_P, h), jnp.nan, dtype), 16, h)
-    words = S_P * kv_bytes_per_token(h, bits) // 4
-    return KVCache(jnp.full((*lead, words), 0x7FC07FC0, jnp.int32), bits, h)
+        half = np.dtype(dtype)
+        pages = np.full((LAYERS, num_pages, heads, 2, S_P, h), POISON, np.uint16).view(half)
+        rounded = [kv.astype(half) for kv in raw]
+        for row, kv in enumerate(rounded):
+            for t in range(kv.shape[1]):
+                pages[1, table[row, t // S_P], :, :, t % S_P] = kv[:, t].swapaxes(0, 1)
+        return pages, [kv.astype(np.float64) for kv in rounded]
+    size = S_P * (2 * h * bits // 8 + 8)
+    pages = np.full((LAYERS, num_pages, heads, size // 2), POISON, np.uint16).view(np.uint8)
+    stored = []
+    for row, kv in enumerate(raw):
+        codes, scale, centre = quantized(kv, bits)
+        stored.append(dequantized(codes, scale, centre, bits))
+        for t, head in np.ndindex(kv.shape[1:3]):
+            parts = [x[side, t, head] for side in range(2) for x in (codes, scale, centre)]
+            fill_page(pages[1, table[row, t // S_P], head], t % S_P, parts, bits)
+    return pages.view(np.int32), stored
 
 
 def make_case(
@@ -47,60 +99,45 @@ def make_case(
     spare_columns: int = 1,
     **options: Any,
 ) -> Case:
-    """K and V with different scales and means for each token and head, on layer 1.
+    """K and V with different scales and means for each token and head, on layer 1 of a cache.
 
-    rising: scores grow by several powers of two from page to page.
+    rising: scores grow by several powers of two from page to page. options: of paged_attention.
     """
-    lens = np.asarray(lens)
+    lens, half = np.asarray(lens), np.dtype(dtype)
     needed = -(-lens // S_P)
     ids = rng.permutation(needed.sum() + 3)
     num_pages = len(ids)
     table = np.full((len(lens), max(needed.max(initial=0), 1) + spare_columns), -1, np.int32)
-    slots, raw = [], []
-    q = rng.standard_normal((len(lens), heads, h)).astype(np.float32)
-    q = np.asarray(jnp.asarray(q, dtype).astype(jnp.float32))
+    q = rng.standard_normal((len(lens), heads, h)).astype(half)
+    raw, last = [], np.full((2, len(lens), kv_heads, h), np.nan, half)
     for row, length in enumerate(lens):
         table[row, : needed[row]], ids = np.split(ids, needed[row : row + 1])
-        at = np.arange(length)
-        slots.append(table[row, at // S_P] * S_P + at % S_P)
-        k, v = rng.standard_normal((2, length, kv_heads, h)) * rng.uniform(
-            0.3, 1.5, (2, length, kv_heads, 1)
-        )
+        spread = rng.uniform(0.3, 1.5, (2, length, kv_heads, 1))
+        k, v = rng.standard_normal((2, length, kv_heads, h)) * spread
         if rising:
-            mean = q[row].reshape(kv_heads, -1, h).mean(1)
-            k += mean * (at // 32 * 0.6)[:, None, None]
+            mean = q[row].astype(np.float64).reshape(kv_heads, -1, h).mean(1)
+            k += mean * (np.arange(length) // 32 * 0.6)[:, None, None]
         v += rng.uniform(-1, 1, (length, kv_heads, 1)) + 0.5
-        raw.append(np.stack([k, v]))
-    k, v = jnp.asarray(np.concatenate(raw, axis=1), dtype)
-    cache = poisoned_cache(bits, num_pages, kv_heads, h, cache_dtype)
-    slots = jnp.asarray(np.concatenate(slots), jnp.int32)
-    cache = append(cache, k, v, slots, layer=jnp.int32(1))
-    if bits == 16:
-        stored = jnp.stack([k, v]).astype(cache_dtype).astype(jnp.float32)
-    else:
-        stored = jax.jit(fake_quantize_kv, static_argnums=1)(jnp.stack([k, v]), bits)
-    stored = np.split(np.asarray(stored, np.float64), np.cumsum(lens)[:-1], axis=1)
-    exact = np.asarray(jnp.stack([k, v]).astype(jnp.float32), np.float64)
-    exact = np.split(exact, np.cumsum(lens)[:-1], axis=1)
-    last = np.zeros((2, len(lens), kv_heads, h))
-    for row, length in enumerate(lens):
-        last[:, row] = exact[row][:, -1] if length else np.nan
-        if attends == "full" and length:
-            stored[row][:, -1] = exact[row][:, -1]
+        raw.append(np.stack([k, v]).astype(half).astype(np.float64))
+        if length:
+            last[:, row] = raw[row][:, -1]
+    pages, stored = make_pages(raw, table, num_pages, bits, cache_dtype)
     full = attends == "full"
+    for kv, exact in zip(stored, raw, strict=True):
+        if full:
+            kv[:, -1:] = exact[:, -1:]
     arguments = {
-        "q": jnp.asarray(q, dtype),
-        "cache": cache,
+        "q": jnp.asarray(q),
+        "cache": KVCache(jnp.asarray(pages), bits, h),
         "block_table": jnp.asarray(table),
         "context_lens": jnp.asarray(lens, jnp.int32),
-        "new_k": jnp.asarray(last[0], dtype) if full else None,
-        "new_v": jnp.asarray(last[1], dtype) if full else None,
+        "new_k": jnp.asarray(last[0]) if full else None,
+        "new_v": jnp.asarray(last[1]) if full else None,
         "attends": attends,
         "layer": jnp.int32(1),
         **options,
     }
-    expected = np.stack([decode(q[row], *stored[row], **options) for row in range(len(lens))])
-    return Case(arguments, expected)
+    return Case(arguments, stored, options)
 
 
 def decode(
@@ -112,7 +149,6 @@ def decode(
     window: int | None = None,
     softcap: float | None = None,
     seen: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray:
     """The last token's q [N, H] over k, v [S, K, H] in float64. seen: bool[S]."""
     n, h = q.shape
@@ -131,7 +167,7 @@ def decode(
 
 
 def worst_error(out: Any, expected: np.ndarray) -> float:
-    """The largest relative Frobenius error of a sequence; where nothing is seen, zeros are asked."""
+    """The largest relative Frobenius error of a sequence; zeros where nothing is seen."""
     out = np.asarray(jnp.asarray(out).astype(jnp.float32), np.float64)
     assert np.isfinite(out).all()
     assert not out[~expected.any((1, 2))].any()

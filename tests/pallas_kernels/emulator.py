@@ -349,7 +349,9 @@ class Gpu:
         return self._loaded(address.memory[where], count, kind)
 
     def load_words(self, source, size):
-        return [w for i in range(0, size, 16) for w in self.load_global(source.advance(i, 1), count=4)]
+        return [
+            w for i in range(0, size, 16) for w in self.load_global(source.advance(i, 1), count=4)
+        ]
 
     def load_shared(self, address, offset=0, *, count=1, kind=I32):
         where = self._bytes(self.shared, address.value.astype(np.int64) + offset, 4 * count)
@@ -464,7 +466,18 @@ class Gpu:
 
 
 def launch(
-    monkeypatch, body, inputs, out, *, eager, blocks, cluster, warpgroups, shared_bytes, barriers, **_
+    monkeypatch,
+    body,
+    inputs,
+    out,
+    *,
+    eager,
+    blocks,
+    cluster,
+    warpgroups,
+    shared_bytes,
+    barriers,
+    **_,
 ):
     """`intrinsics.launch` on the emulated GPU: arrays in, an array out that was full of NaN."""
     gpu = Gpu(blocks, 128 * warpgroups, cluster, shared_bytes, eager)

@@ -28,6 +28,7 @@ from qserve_jax.models.layers import (
 )
 from qserve_jax.models.rope import apply_rope, rope_frequencies
 from qserve_jax.pallas_kernels import append_kv, paged_attention
+from qserve_jax.pallas_kernels.paged_attention import longest_first
 from qserve_jax.pallas_kernels.paged_attention.reference import attend
 from qserve_jax.quantization.numerics import fake_quantize_kv
 from qserve_jax.quantization.qtensor import Array, KVCache
@@ -242,6 +243,7 @@ def cached_attention(
 ) -> Attention:
     """Append the new tokens' K and V to the cache (the scan's state), then attend over pages."""
     pages = block_table if attends == "quantized" else block_table[:, :cached_pages]
+    order = longest_first(context_lens)  # once for all layers; what does not read it, drops it
 
     def attention(q, k, v, layer, cache):
         flat = (-1, *k.shape[2:])
@@ -259,6 +261,7 @@ def cached_attention(
             attends=attends,
             layer=layer,
             window=model.config.sliding_window,
+            order=order,
             backend=model.backend,
         )
         return out, cache

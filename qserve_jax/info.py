@@ -156,14 +156,16 @@ def find_backends() -> dict[str, dict[str, Any]]:
     }
     default = backend.usable(None)
 
-    def one(table: Any, name: str) -> dict[str, Any]:
+    def one(op: str, table: Any, name: str) -> dict[str, Any]:
         there = name in table
         reason = backend.unavailable(name) if there else "not in this version"
         runs = reason is None
-        return {"runs": runs, "by_default": runs and name in default, "reason": reason}
+        chosen = runs and name in default and (op, name) not in backend.UNPROVEN
+        return {"runs": runs, "by_default": chosen, "reason": reason}
 
     return {
-        op: {name: one(table, name) for name in backend.BACKENDS} for op, table in tables.items()
+        op: {name: one(op, table, name) for name in backend.BACKENDS}
+        for op, table in tables.items()
     }
 
 

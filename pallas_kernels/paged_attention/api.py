@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from qserve_jax.pallas_kernels.backend import check_layer, dispatch
+from qserve_jax.pallas_kernels.backend import check_layer, dispatch, usable
 from qserve_jax.pallas_kernels.paged_attention import reference
 from qserve_jax.quantization.qtensor import Array, KVCache
 
@@ -103,9 +103,10 @@ def paged_attention(
     _check(q, cache, block_table, context_lens, new_k, new_v, query_lens, attends, layer)
     if query_lens is None:
         query_lens = jnp.minimum(context_lens, q.shape[1])
+    names = [name for name in usable(backend) if name in ATTENTION_BACKENDS]
     out = dispatch(
         "paged_attention",
-        ATTENTION_BACKENDS,
+        {name: ATTENTION_BACKENDS[name] for name in names},
         backend,
         q,
         cache,

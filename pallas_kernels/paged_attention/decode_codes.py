@@ -6,15 +6,17 @@ g = l // 4 and c = l % 4. Which dim is which column of A is free, if B agrees, a
 its dims of K as they lie: 16 bytes of each 64 (8 of 32). Of V it reads H/8 dims in a row, of four
 tokens; mma i then has dims H/8 g + 2 i as its rows g, and + 2 i + 1 as its rows g + 8.
 
-Codes become f16 without a conversion: an OR puts them into the low bits of the number 1024 (0x6400),
-which then is 1024 + code. For K the 1024, and half the range of the codes, are taken off the sums
-at once: `offset` times the sum of q is in them from the start. For V they are taken off each, since
-a sum over weights that are rounded would not cancel.
+Codes become f16 without a conversion: an OR puts them into the low bits of 1024 (0x6400), which is
+then 1024 + code. For K the 1024, and half the range of the codes, are taken off the sums at once:
+minus `offset` times the sum of q is what they start with. For V they are taken off each code, which
+is exact in f16.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from qserve_jax.pallas_kernels import intrinsics as ptx
 from qserve_jax.pallas_kernels.intrinsics import I32
@@ -25,8 +27,6 @@ LOW, HIGH = 0x000F000F, 0x00F000F0
 
 def halves(value: float) -> int:
     """A word of twice this number in f16."""
-    import numpy as np
-
     return int(np.array([value] * 2, np.float16).view(np.uint32)[0])
 
 

@@ -29,7 +29,7 @@ class Query:
 
 @dataclasses.dataclass
 class State:
-    """Sums over the tokens so far of this warp (total and centre: of this lane), relative to 2**top.
+    """Sums over the tokens so far of this warp, relative to 2**top; total and centre of this lane.
 
     acc: of mma i over V, see decode_codes; of columns 2 c and 2 c + 1. top, total, centre: for
     these two columns the exponent, the sum of the weights, and of weights times V's centres.

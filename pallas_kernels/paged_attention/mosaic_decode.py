@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from qserve_jax.pallas_kernels import intrinsics as ptx
 from qserve_jax.pallas_kernels.intrinsics import I32
 from qserve_jax.pallas_kernels.paged_attention import decode_page as page
 from qserve_jax.pallas_kernels.paged_attention.decode_config import (
+    SMS,
     DecodeConfig,
     check_config,
     choose_config,
@@ -73,6 +75,9 @@ def attention(
     if q.size == 0 and q.shape[1] == 1:
         return jnp.zeros_like(q)
     problem, operands = gather(backend, q, *args, **kwargs)
+    if problem.rows * problem.head_blocks <= SMS and problem.ordered:  # all start at once
+        operands.pop("order")
+        problem = dataclasses.replace(problem, ordered=False)
     chosen = config or choose_config(problem, clusters=clusters)
     check_config(problem, chosen)
     b, n, h = problem.rows, problem.heads, problem.head_dim
@@ -104,8 +109,8 @@ def _body(
     copies = make_copies(p, config, t, barriers)
     copies.start()
     query = load_query(p, t)
-    state = start_state(p, t)
     ptx.sync_block(config.threads)  # barriers are initialised
+    state = start_state(p, t)  # one warp's: the others need not wait for it
     state = _main_loop(p, config, t, copies, query, state)
     merge(p, config, t.again(p, config), state)
 

@@ -25,7 +25,7 @@ class ThreadCopies:
         self.p, self.t, self.stages, self.ahead = p, t, config.stages, config.stages - 1
 
     def _copy(self, slot: I32, i: I32, page: I32) -> None:
-        """The warp's tokens of K and V, and their scales, if there is such a page; a group anyway."""
+        """The warp's tokens of K and V, their scales, if there is such a page; a group anyway."""
         p, t = self.p, self.t
         with ptx.when(i < t.pages):
             source = t.page_source(p, page)

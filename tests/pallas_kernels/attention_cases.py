@@ -50,38 +50,35 @@ def dequantized(codes: np.ndarray, scale: np.ndarray, centre: np.ndarray, bits: 
     return offset * scale.astype(np.float64)[..., None] + centre.astype(np.float64)[..., None]
 
 
-def fill_page(block: np.ndarray, offset: int, parts: list[Any], bits: int) -> None:
-    """Write a token into a (page, head) block u8[bytes]. parts: codes, scale, centre of K, of V."""
-    scales = np.array([parts[1], parts[2], parts[4], parts[5]], np.float16).view(np.uint8)
-    size = len(parts[0]) * bits // 8
-    for side, codes in enumerate((parts[0], parts[3])):
-        octets = codes if bits == 8 else codes[0::2] | codes[1::2] << 4
-        start = side * S_P * size + offset * size
-        block[start : start + size] = octets
-    block[2 * S_P * size + 8 * offset :][:8] = scales
-
-
 def make_pages(raw: list[np.ndarray], table: np.ndarray, num_pages: int, bits: int, dtype: Any):
-    """Pages [LAYERS, P, K, ...] with the rows on layer 1, else NaN; and what they hold."""
-    _, _, heads, h = raw[0].shape
-    if bits == 16:
-        half = np.dtype(dtype)
-        pages = np.full((LAYERS, num_pages, heads, 2, S_P, h), POISON, np.uint16).view(half)
-        rounded = [kv.astype(half) for kv in raw]
-        for row, kv in enumerate(rounded):
-            for t in range(kv.shape[1]):
-                pages[1, table[row, t // S_P], :, :, t % S_P] = kv[:, t].swapaxes(0, 1)
-        return pages, [kv.astype(np.float64) for kv in rounded]
-    size = S_P * (2 * h * bits // 8 + 8)
-    pages = np.full((LAYERS, num_pages, heads, size // 2), POISON, np.uint16).view(np.uint8)
+    """Pages [LAYERS, P, K, ...] with the rows on layer 1, else NaN; and what they hold.
+
+    raw: float64[2, S, K, H] of each row, K and V.
+    """
+    heads, h = raw[0].shape[2:]
+    size, half = h * bits // 8, np.dtype(dtype)
+    extra = 0 if bits == 16 else 8
+    lead = (LAYERS, num_pages, heads)
+    pages = np.full((*lead, S_P * (2 * size + extra) // 2), POISON, np.uint16).view(np.uint8)
+    sections = np.split(pages[1], [S_P * size, 2 * S_P * size], axis=-1)  # views [P, K, bytes]
+    k, v, scales = (x.reshape(num_pages, heads, S_P, x.shape[-1] // S_P) for x in sections)
     stored = []
     for row, kv in enumerate(raw):
-        codes, scale, centre = quantized(kv, bits)
-        stored.append(dequantized(codes, scale, centre, bits))
-        for t, head in np.ndindex(kv.shape[1:3]):
-            parts = [x[side, t, head] for side in range(2) for x in (codes, scale, centre)]
-            fill_page(pages[1, table[row, t // S_P], head], t % S_P, parts, bits)
-    return pages.view(np.int32), stored
+        at = np.arange(kv.shape[1])
+        where = (table[row, at // S_P], slice(None), at % S_P)  # [S, K, bytes]
+        if bits == 16:
+            codes = kv.astype(half)
+            stored.append(codes.astype(np.float64))
+            octets = np.ascontiguousarray(codes).view(np.uint8)
+        else:
+            codes, scale, centre = quantized(kv, bits)
+            stored.append(dequantized(codes, scale, centre, bits))
+            octets = codes if bits == 8 else codes[..., 0::2] | codes[..., 1::2] << 4
+            four = np.stack([scale[0], centre[0], scale[1], centre[1]], axis=-1)
+            scales[where] = four.view(np.uint8)
+        k[where], v[where] = octets
+    shape = (*lead, 2, S_P, h) if bits == 16 else (*lead, -1)
+    return pages.view(half if bits == 16 else np.int32).reshape(shape), stored
 
 
 def make_case(

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,8 @@ def cache_shape(bits, heads, h, layers=32, pages=4096):
     lead = (layers, pages, heads)
     words = 64 * kv_bytes_per_token(h, bits) // 4
     shape = S((*lead, 2, 64, h), jnp.bfloat16) if bits == 16 else S((*lead, words), jnp.int32)
-    return KVCache(shape, bits, h)
+    cache: Any = KVCache(shape, bits, h)  # pyright: ignore[reportArgumentType]
+    return cache
 
 
 def lower_decode(backend, bits, shape, b=64, pages=64, attends="full", dtype="bfloat16", **options):

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from qserve_jax.pallas_kernels import append_kv, paged_attention
+from qserve_jax.pallas_kernels import append_kv, intrinsics, paged_attention
 from qserve_jax.pallas_kernels.paged_attention import decode_codes, decode_config, longest_first
 from qserve_jax.pallas_kernels.paged_attention.decode_config import DecodeConfig
 from qserve_jax.pallas_kernels.paged_attention.decode_problem import Problem
@@ -132,21 +133,20 @@ def test_mosaic_mma_is_lowered_as_sm_80_with_its_instructions_only(bits, b, opti
     assert not re.search(HOPPER, text)
 
 
-# A scan over layers
+# A scan over layers, and shards
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16])
-def test_a_scan_of_append_and_attention_holds_no_copy_of_the_cache(bits):
-    """In the program that XLA is given: the cache goes round the loop, is scattered into, and read
-    by the kernel as it is. Whether XLA then copies is seen on a GPU (test_decode_gpu.py)."""
+def scan_program(bits, kernel):
+    """(append and attend on every layer of a donated cache, its operands, the cache's shape)."""
     b, (n, k, h), layers = 64, SHAPES[0], 32
 
     def step(cache, q, kv, table, lens, slots):
+        order = longest_first(lens)
+
         def layer(cache, i):
-            cache = append_kv(cache, kv, kv, slots, layer=i)
-            out = paged_attention(
-                q, cache, table, lens, new_k=kv, new_v=kv, layer=i, backend="mosaic_sm90"
-            )
+            cache = append_kv(cache, kv, kv, slots, layer=i, backend="reference")
+            new = {"new_k": kv, "new_v": kv, "order": order}
+            out = paged_attention(q, cache, table, lens, **new, layer=i, backend=kernel)
             return cache, out
 
         return jax.lax.scan(layer, cache, jnp.arange(layers))
@@ -154,13 +154,63 @@ def test_a_scan_of_append_and_attention_holds_no_copy_of_the_cache(bits):
     ints = S((b,), jnp.int32)
     bf16 = [S((b, heads, h), jnp.bfloat16) for heads in (n, k)]
     cache = cache_shape(bits, k, h, layers)
-    text = lower(step, cache, *bf16, S((b, 64), jnp.int32), ints, ints)
-    size = "x".join(map(str, cache.pages.shape)) + "x"
+    return step, (cache, *bf16, S((b, 64), jnp.int32), ints, ints), cache.pages.shape
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_a_scan_of_append_and_attention_makes_no_other_cache(bits):
+    """In the program that XLA is given: the cache goes round the loop, is scattered into, and read
+    by the kernel as it is."""
+    step, operands, shape = scan_program(bits, "mosaic_sm90")
+    text = lower(step, *operands)
+    size = "x".join(map(str, shape)) + "x"
     results = [line for line in text.splitlines() if re.search(r"-> \(?tensor<" + size, line)]
     made = {m for line in results for m in re.findall(r"\"?stablehlo\.(\w+)", line)}
     assert made <= {"scatter"}, made
     kernels = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
     assert len(kernels) == 1 and size in kernels[0]
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_xla_compiles_that_scan_without_a_copy_of_the_cache(bits, monkeypatch):
+    """On the CPU, with a callback where the kernel is; of the GPU see test_decode_gpu.py."""
+
+    def launch(body, inputs, out, **_):
+        return jax.pure_callback(lambda *_: np.zeros(out.shape, out.dtype), out, *inputs)
+
+    monkeypatch.setattr(intrinsics, "launch", launch)
+    step, operands, shape = scan_program(bits, "mosaic_sm90")
+    text = jax.jit(step, donate_argnums=0).lower(*operands).compile().as_text() or ""
+    size = re.escape("[" + ",".join(map(str, shape)) + "]")
+    assert "custom-call" in text
+    copies = [line for line in text.splitlines() if re.search(size + r"\S* copy", line)]
+    assert not copies, copies[0]
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_shard_map_over_kv_heads(name, check_vma):
+    """Each of two devices has half of the heads of q, of the cache and of the new token."""
+    mesh = jax.make_mesh((2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+    heads = P(None, "heads")
+
+    def run(q, pages, table, lens, kv, layer):
+        cache = KVCache(pages, 4, 128)
+        new = {"new_k": kv, "new_v": kv, "layer": layer}
+        return paged_attention(q, cache, table, lens, **new, backend=name)
+
+    mapped = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(heads, P(None, None, "heads"), P(), P(), heads, P()),
+        out_specs=heads,
+        check_vma=check_vma,
+    )
+    q, kv = S((64, 32, 128), jnp.bfloat16), S((64, 8, 128), jnp.bfloat16)
+    table, lens = S((64, 64), jnp.int32), S((64,), jnp.int32)
+    args = (q, cache_shape(4, 8, 128).pages, table, lens, kv, S((), jnp.int32))
+    assert jax.eval_shape(mapped, *args) == q
+    assert "memref<32x4096x4x2176xi32" in mosaic_module(lower(mapped, *args))[1]
 
 
 # How it is cut

@@ -226,7 +226,7 @@ def test_a_scan_over_layers_copies_no_cache(can_run, name, bits, rng):
     @functools.partial(jax.jit, donate_argnums=0, static_argnames="used")
     def step(cache, kv, used):
         def layer(cache, i):
-            cache = append_kv(cache, *kv, slots, layer=i, backend="reference")
+            cache = append_kv(cache, kv[0], kv[1], slots, layer=i, backend="reference")
             out = paged_attention(
                 *(a["q"], cache, a["block_table"], a["context_lens"]),
                 attends="quantized",

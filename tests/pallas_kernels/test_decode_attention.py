@@ -12,7 +12,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from qserve_jax.pallas_kernels import append_kv, intrinsics, paged_attention
-from qserve_jax.pallas_kernels.paged_attention import decode_codes, decode_config, longest_first
+from qserve_jax.pallas_kernels.paged_attention import (
+    decode_codes,
+    decode_config,
+    longest_first,
+    mosaic_sm90,
+)
 from qserve_jax.pallas_kernels.paged_attention.decode_config import DecodeConfig
 from qserve_jax.pallas_kernels.paged_attention.decode_problem import Problem
 from qserve_jax.quantization.qtensor import KVCache, kv_bytes_per_token
@@ -331,9 +336,18 @@ def test_refusals(rng):
     refuses("pages of 32 tokens, but the kernel takes 64", **case | {"cache": short})
     none = dataclasses.replace(case["cache"], pages=case["cache"].pages[:, :0])
     refuses("a cache without pages, but the kernel takes at least 1", **case | {"cache": none})
-    two = jnp.stack([case["q"]] * 2, axis=1)
-    refuses("2 new tokens a row, but the kernel takes one", **case | {"q": two})
     refuses("q of int32, but the kernel takes one of", **case | {"q": case["q"].astype(jnp.int32)})
+
+
+def test_decode_refuses_several_tokens(rng):
+    """`paged_attention` does not send them here."""
+    case = make_case(rng, [3], h=64, attends="quantized").arguments
+    q = jnp.stack([case.pop("q")] * 2, axis=1)
+    lens = case["context_lens"]
+    none = ("new_k", "new_v", "layer", "sm_scale", "window", "softcap", "order")
+    options = dict.fromkeys(none) | {"attends": "quantized", "query_lens": lens}
+    with pytest.raises(NotImplementedError, match="2 new tokens a row, but the kernel takes one"):
+        mosaic_sm90.decode(q, case["cache"], case["block_table"], lens, **options)
 
 
 def test_by_default_the_reference_runs(rng):

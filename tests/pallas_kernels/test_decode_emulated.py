@@ -2,18 +2,23 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qserve_jax.models import CausalLM, ModelConfig
+from qserve_jax.models.llama import decode_step, prefill
 from qserve_jax.pallas_kernels import intrinsics, paged_attention
 from qserve_jax.pallas_kernels.paged_attention import (
+    api,
     longest_first,
     mosaic_decode,
     mosaic_mma,
     mosaic_sm90,
 )
 from qserve_jax.pallas_kernels.paged_attention.decode_config import DecodeConfig
+from qserve_jax.runtime import init_cache
 from tests.pallas_kernels import emulator
 from tests.pallas_kernels.attention_cases import make_case, worst_error
 
@@ -157,6 +162,49 @@ def test_the_rules_choose_what_runs(emulated, eager, rng):
     case = make_case(rng, [1500], heads=4, kv_heads=1)
     for name in BACKENDS:
         assert worst_error(emulated(case, name, eager=eager), case.expected()) <= TOLERANCE
+
+
+# A model
+
+
+def test_a_model_decodes_with_the_kernel(monkeypatch):
+    """Jitted, in the scan over layers: the logits of the reference, step by step."""
+    config = ModelConfig("llama", 64, 128, 256, 2, 4, 2, 64, 256, tie_embeddings=True)
+    model = CausalLM(config)
+    tokens = jax.random.randint(jax.random.key(1), (3, 70), 0, 64)
+    params = model.init(jax.random.key(0), tokens[:, :1])["params"]
+    table = jnp.asarray([[4, 1], [0, 3], [5, -1]], jnp.int32)
+    lens = jnp.asarray([70, 63, 2], jnp.int32)
+    cache = init_cache(config, num_pages=6, kv_bits=4)
+    cache, _ = jax.jit(prefill, static_argnums=0)(model, params, cache, tokens, table, lens)
+
+    def steps(kernel):
+        emulated, calls = pytest.MonkeyPatch(), []
+
+        def launch(body, inputs, out, **sizes):
+            def run(*arrays):
+                calls.append(sizes["name"])
+                return np.asarray(
+                    emulator.launch(emulated, body, arrays, out, eager=False, **sizes)
+                )
+
+            return jax.pure_callback(run, out, *inputs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(intrinsics, "launch", launch)
+            if kernel:  # what stands where the reference does; the other operations keep theirs
+                patch.setitem(api.ATTENTION_BACKENDS, "reference", mosaic_sm90.decode)
+            step = jax.jit(lambda *a: decode_step(model, params, *a))
+            state, logits = cache, []
+            for i in range(2):  # across the end of a page
+                state, out = step(state, tokens[:, i], table, lens + i + 1)
+                logits.append(np.asarray(out, np.float64))
+        return np.stack(logits), len(calls)
+
+    (expected, none), (found, calls) = steps(False), steps(True)
+    assert (none, calls) == (0, 2 * config.num_layers)
+    error = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    assert error.max() <= TOLERANCE
 
 
 # That these tests can fail

@@ -345,7 +345,7 @@ def test_decode_refuses_several_tokens(rng):
     q = jnp.stack([case.pop("q")] * 2, axis=1)
     lens = case["context_lens"]
     none = ("new_k", "new_v", "layer", "sm_scale", "window", "softcap", "order")
-    options = dict.fromkeys(none) | {"attends": "quantized", "query_lens": lens}
+    options: Any = dict.fromkeys(none) | {"attends": "quantized", "query_lens": lens}
     with pytest.raises(NotImplementedError, match="2 new tokens a row, but the kernel takes one"):
         mosaic_sm90.decode(q, case["cache"], case["block_table"], lens, **options)
 

@@ -1,8 +1,8 @@
 """One page: scores, weights, and their sums with V. A warp takes 16 of its 64 tokens.
 
 The softmax is taken online (FlashAttention), in powers of two, with a lazy maximum: weights are
-relative to 2**top, and top only follows where a score is more than 2**8 above it. Then all that was
-summed is rescaled, which few pages make necessary; f16 holds weights up to 2**8 as well as to 1.
+relative to 2**top, and top only follows where a weight is more than 2**MARGIN above the largest
+that top was set for. Then all that was summed is rescaled, which few pages make necessary.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from qserve_jax.pallas_kernels import intrinsics as ptx
 from qserve_jax.pallas_kernels.intrinsics import F32, I32, Predicate
 from qserve_jax.pallas_kernels.paged_attention import decode_codes as codes
 from qserve_jax.pallas_kernels.paged_attention.decode_problem import PAGE, Problem
-from qserve_jax.pallas_kernels.paged_attention.decode_query import Query, State, finish_score
+from qserve_jax.pallas_kernels.paged_attention.decode_query import LIFT, Query, State, finish_score
 from qserve_jax.pallas_kernels.paged_attention.decode_thread import Thread
 
-HEADROOM = 8.0
+MARGIN = 4.0
 
 
 class Lane:
@@ -140,10 +140,11 @@ def scores(
 
 
 def follow_top(
-    state: State, relative: list[F32], score: Callable[[list[F32]], list[F32]]
+    p: Problem, state: State, relative: list[F32], score: Callable[[list[F32]], list[F32]]
 ) -> tuple[State, list[F32]]:
     """Where a score is far above top: top follows, and all that was summed is rescaled."""
-    above = functools.reduce(ptx.float_maximum, relative) > ptx.constant_float(HEADROOM)
+    lift = LIFT[p.bits]
+    above = functools.reduce(ptx.float_maximum, relative) > ptx.constant_float(lift + MARGIN)
 
     def rescaled() -> list[F32]:
         zero = ptx.constant_float(0)
@@ -153,7 +154,7 @@ def follow_top(
             best = ptx.float_maximum(raw[column], raw[2 + column])
             for lanes in (4, 8, 16):
                 best = ptx.float_maximum(best, ptx.exchange(best, lanes))
-            top.append(ptx.float_maximum(best, state.top[column]))
+            top.append(ptx.float_maximum(best - ptx.constant_float(lift), state.top[column]))
         shrink = [ptx.exp2(old - new) for old, new in zip(state.top, top, strict=True)]
         moved = State(
             [a * shrink[i % 2] for i, a in enumerate(state.acc)],

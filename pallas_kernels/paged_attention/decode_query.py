@@ -12,6 +12,9 @@ from qserve_jax.pallas_kernels.paged_attention.decode_thread import Thread
 
 LOWEST = -1e30
 """A maximum of nothing: exp2 of two of them apart is 1, which -inf would make NaN."""
+LIFT = {4: 5.0, 8: 9.0, 16: 9.0}
+"""log2 of the largest weight when top was last set. f16 has 16 bits above 1 and 14 below: weights
+times V's scales, (max - min) / (2**bits - 1), are to be in the middle, the small ones too."""
 
 
 @dataclasses.dataclass
@@ -49,8 +52,8 @@ class State:
         return State(acc, [a, b], [c, d], [e, f])
 
 
-def load_floats(ref: ptx.Address, index: I32, first: I32, count: int, h: int, dtype: str):
-    """Row `index` of [.., h]: numbers first .. first + count - 1, and their words."""
+def load_row(ref: ptx.Address, index: I32, first: I32, count: int, h: int, dtype: str) -> list[I32]:
+    """Of row `index` of [.., h] the words of the numbers first .. first + count - 1."""
     size = 4 if dtype == "float32" else 2
     return ptx.load_words(ref.advance(index, h * size).advance(first, size), count * size)
 
@@ -62,7 +65,7 @@ def load_query(p: Problem, t: Thread) -> Query:
     dims = piece * 8 // p.bits
     fragments, total, correction = [], ptx.constant_float(0), ptx.constant_float(0)
     for start in range(0, p.head_dim, 4 * dims):
-        words = load_floats(t.gmem["q"], row, t.c * dims + start, dims, p.head_dim, p.q_dtype)
+        words = load_row(t.gmem["q"], row, t.c * dims + start, dims, p.head_dim, p.q_dtype)
         if p.group % COLUMNS:
             words = [ptx.select(t.g < t.block_heads, w, 0) for w in words]
         values = ptx.floats_of(words, p.q_dtype)
@@ -121,21 +124,22 @@ def start_state(p: Problem, t: Thread) -> State:
 
 
 def _new_token(p: Problem, t: Thread) -> State:
-    """The state after one token, in float32: its weight is 1."""
+    """The state after one token, in float32."""
     assert p.new is not None
     h, part = p.head_dim, p.head_dim // 4
     token = t.row * p.kv_heads + t.kv_head
     row = t.row * p.heads + t.head_of_column(t.g)
-    q = ptx.floats_of(load_floats(t.gmem["q"], row, t.c * part, part, h, p.q_dtype), p.q_dtype)
-    k = ptx.floats_of(load_floats(t.gmem["new_k"], token, t.c * part, part, h, p.new), p.new)
+    q = ptx.floats_of(load_row(t.gmem["q"], row, t.c * part, part, h, p.q_dtype), p.q_dtype)
+    k = ptx.floats_of(load_row(t.gmem["new_k"], token, t.c * part, part, h, p.new), p.new)
     score = ptx.constant_float(0)
     for a, b in zip(q, k, strict=True):
         score = ptx.multiply_add(a, b, score)
     for lanes in (1, 2):
         score = score + ptx.exchange(score, lanes)
-    score = finish_score(p, score * ptx.constant_float(p.score_factor), ptx.constant_float(0))
-    v = load_floats(t.gmem["new_v"], token, t.g * (h // 8), h // 8, h, p.new)
-    acc = [value for value in ptx.floats_of(v, p.new) for _ in range(2)]
-    zero = ptx.constant_float(0)
-    one = ptx.select_float(t.g.is_(0), ptx.constant_float(1), zero)
-    return State(acc, of_columns(t, score), [one] * 2, [zero] * 2)
+    lift = ptx.constant_float(-LIFT[p.bits])
+    top = finish_score(p, score * ptx.constant_float(p.score_factor), lift)
+    v = load_row(t.gmem["new_v"], token, t.g * (h // 8), h // 8, h, p.new)
+    zero, weight = ptx.constant_float(0), ptx.constant_float(2.0 ** LIFT[p.bits])
+    acc = [value * weight for value in ptx.floats_of(v, p.new) for _ in range(2)]
+    total = ptx.select_float(t.g.is_(0), weight, zero)
+    return State(acc, of_columns(t, top), [total] * 2, [zero] * 2)

@@ -1,4 +1,7 @@
-"""The body of decode attention, which both backends share; they differ in how pages are copied."""
+"""The body of decode attention, which both backends share; they differ in how pages are copied.
+
+How it works, on one page: docs/paged_attention.md.
+"""
 
 from __future__ import annotations
 
@@ -136,7 +139,7 @@ def _main_loop(p: Problem, config: DecodeConfig, t: Thread, copies: Copies, quer
         key_scales, value_scales = page.unpack_scales(p, words, seen)
         score = functools.partial(page.scores, p, query, products, key_scales, seen)
         zero = ptx.constant_float(0)
-        state, relative = page.follow_top(state, score([zero - x for x in state.top]), score)
+        state, relative = page.follow_top(p, state, score([zero - x for x in state.top]), score)
         state, weights = page.weigh(state, relative, value_scales)
         fragments = page.weight_fragments(p, weights)
         values = values or page.load_values(p, lane, block)

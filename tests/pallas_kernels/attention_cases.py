@@ -93,12 +93,16 @@ def make_case(
     cache_dtype: Any = jnp.bfloat16,
     attends: str = "full",
     rising: bool = False,
+    sink: bool = False,
     spare_columns: int = 1,
     **options: Any,
 ) -> Case:
     """K and V with different scales and means for each token and head, on layer 1 of a cache.
 
-    rising: scores grow by several powers of two from page to page. options: of paged_attention.
+    rising: scores grow by several powers of two from page to page. sink: the first token has most
+    of the weight (with one query head of each KV head) and next to no V, and the others a small one
+    around zero, so that what counts are small weights times small scales. options: of
+    paged_attention.
     """
     lens, half = np.asarray(lens), np.dtype(dtype)
     needed = -(-lens // S_P)
@@ -115,6 +119,11 @@ def make_case(
             mean = q[row].astype(np.float64).reshape(kv_heads, -1, h).mean(1)
             k += mean * (np.arange(length) // 32 * 0.6)[:, None, None]
         v += rng.uniform(-1, 1, (length, kv_heads, 1)) + 0.5
+        if sink and length:
+            k[0] = q[row].astype(np.float64).reshape(kv_heads, -1, h).mean(1)
+            v -= v.mean(-1, keepdims=True)
+            v *= 0.01
+            v[0] *= 0.01
         raw.append(np.stack([k, v]).astype(half).astype(np.float64))
         if length:
             last[:, row] = raw[row][:, -1]

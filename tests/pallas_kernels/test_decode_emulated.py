@@ -89,10 +89,14 @@ def test_rows_cut_into_parts(emulated, name, bits, config, eager, rng):
         (4, 8, 2, {"rising": True}),
         (8, 8, 2, {"rising": True, "attends": "quantized"}),
         (16, 8, 2, {"rising": True}),
+        (4, 2, 2, {"sink": True, "attends": "quantized"}),
+        (8, 2, 2, {"sink": True}),
+        (16, 2, 2, {"sink": True}),
     ],
 )
 def test_groups_windows_caps_and_rising_scores(emulated, bits, heads, kv_heads, options, rng):
-    case = make_case(rng, [200, 5, 321], bits=bits, heads=heads, kv_heads=kv_heads, h=64, **options)
+    lens = [200, 5, 1000]
+    case = make_case(rng, lens, bits=bits, heads=heads, kv_heads=kv_heads, h=64, **options)
     name = BACKENDS[bits == 8]
     assert worst_error(emulated(case, name, DecodeConfig(3)), case.expected()) <= TOLERANCE
 

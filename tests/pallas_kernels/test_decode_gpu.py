@@ -124,6 +124,8 @@ def test_models(can_run, name, bits, heads, kv_heads, h, rng):
         {"softcap": 20.0, "sm_scale": 0.3},
         {"rising": True},
         {"rising": True, "attends": "quantized"},
+        {"sink": True, "heads": 2, "h": 64},
+        {"sink": True, "heads": 2, "attends": "quantized"},
     ],
 )
 def test_windows_caps_and_rising_scores(can_run, name, bits, options, rng):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qserve_jax.pallas_kernels.w4a8_matmul import mosaic_sm90
+from qserve_jax.pallas_kernels.w4a8_matmul import mosaic_sm90, sm90_thread
 from qserve_jax.pallas_kernels.w4a8_matmul.sm90_config import Sm90Config, choose_config
 from tests.pallas_kernels.w4a8_cases import SHAPES
 
@@ -288,7 +288,7 @@ def emulate(p, seed, monkeypatch):
     monkeypatch.setattr(mosaic_sm90, "_release", release_slot)
 
     def thread(rank, warp):
-        t = object.__new__(mosaic_sm90._Block)
+        t = object.__new__(sm90_thread.Block)
         t.__dict__.update(
             warp=Word(warp),
             lane=Word(0),
@@ -337,7 +337,7 @@ def expected(p, rank, row, k_group):
 
 def problem(config, m, n, k):
     flags = {"per_group": False, "bias": False, "residual": None, "out_dtype": "bfloat16"}
-    return mosaic_sm90._Problem(m, n, k, None, **flags, config=config)
+    return sm90_thread.WgmmaProblem(m, n, k, None, **flags, config=config)
 
 
 CASES = [  # m, n, k, config: K/128 odd, even, less than k_warpgroups; a last tile beyond N

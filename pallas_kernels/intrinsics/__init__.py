@@ -85,6 +85,7 @@ from qserve_jax.pallas_kernels.intrinsics.tensor_cores import (
     wgmma_wait,
 )
 from qserve_jax.pallas_kernels.intrinsics.threads import (
+    arrive_at_block,
     block_index,
     cluster_rank,
     set_max_registers,
@@ -106,6 +107,7 @@ __all__ = [
     "add_bytes",
     "architecture",
     "arrive",
+    "arrive_at_block",
     "arrive_in_block",
     "bits_float",
     "block_index",

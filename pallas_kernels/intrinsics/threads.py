@@ -38,6 +38,11 @@ def sync_block(threads: int, barrier: I32 | int = 1) -> None:
     do_ptx(f"bar.sync $0, {threads};", barrier, convergent=True)
 
 
+def arrive_at_block(threads: int, barrier: int) -> None:
+    """Counts among those that meet in `sync_block`, and does not wait."""
+    do_ptx("bar.arrive $0, $1;", barrier, threads, convergent=True)
+
+
 def sync_cluster() -> None:
     """Of all threads of all blocks; shared memory written before is visible after."""
     sync_warp()

@@ -8,9 +8,9 @@ thread reads 32 codes, makes eight words of int8 of them (layout.expand), and ha
 never return to shared memory. B must lie in shared memory, K-major and swizzled, which is how the
 copy engine (TMA) writes a tile of row-major x: nothing is rearranged before the kernel.
 
-How the work is cut (sm90_config.py). A block computes tiles of 64 * row_warpgroups channels x
+How the work is cut (sm90_tiles.py). A block computes tiles of 64 * row_warpgroups channels x
 `tokens`. Blocks stay: block b takes tiles b, b + blocks, ..., tokens first, so that the blocks of a
-wave share few weights' rows and x stays in L2. Where a matrix has few tiles, k_warpgroups split the
+wave share few weights' rows and x stays in L2; the last round may be cut finer. Where a matrix has few tiles, k_warpgroups split the
 chunks of 128 features among themselves and add their int32 sums in shared memory, which is exact.
 `cluster` blocks beside each other along N read the same x: each copies a part of it to all of them
 (multicast). It pays from several rounds of tiles on.
@@ -28,6 +28,9 @@ run ahead of the epilogue.
 
 While the tensor core works for one warpgroup, the others read and expand their codes. (Expanding a
 step ahead within a warpgroup, or starting its wgmma before the last are done, changed nothing.)
+With a `lead` the first is some chunks ahead of the others from the start, so that they do not come
+to their epilogues, which use no tensor core, together. The ring bounds it; it renews itself with
+every tile.
 
 Bounds. x beyond M or K is zero, by the copy engine, and so adds nothing to the sums (K: where
 k_warpgroups do not divide it). Channels beyond N repeat the last tile's; nothing of either is
@@ -36,6 +39,7 @@ stored. `layer` is clamped.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -49,18 +53,26 @@ from qserve_jax.pallas_kernels.w4a8_matmul.problem import (
     gather,
 )
 from qserve_jax.pallas_kernels.w4a8_matmul.sm90_config import (
-    PRODUCER_REGISTERS,
-    Sm90Config,
     check_config,
     choose_config,
 )
 from qserve_jax.pallas_kernels.w4a8_matmul.sm90_epilogue import Epilogue, exchange
 from qserve_jax.pallas_kernels.w4a8_matmul.sm90_thread import Block, Consumer, WgmmaProblem
+from qserve_jax.pallas_kernels.w4a8_matmul.sm90_tiles import (
+    PRODUCER_REGISTERS,
+    QUARTERS,
+    Part,
+    Sm90Config,
+)
 from qserve_jax.pallas_kernels.w4a8_matmul.tuning import tuned_config
 from qserve_jax.quantization.qtensor import Array, Int8Activation, W4PerChannel, W4PerGroup
 
 MMA_TOKENS = 32
 """Up to so many, mma.sync is faster: wgmma takes 64 channels at least, and so fewer blocks."""
+
+
+LEAD_BARRIER = 15
+"""The named barrier at which the others wait until the first row warpgroup has its lead."""
 
 
 def matmul(
@@ -99,7 +111,7 @@ def matmul(
         tuple(operands.values()),
         jax.ShapeDtypeStruct((m, n), out_dtype),
         name=f"w4a8_matmul_{p.kind}_wgmma",
-        blocks=p.clusters * chosen.cluster,
+        blocks=p.cut.clusters * chosen.cluster,
         cluster=chosen.cluster,
         warpgroups=1 + chosen.warpgroups,
         shared_bytes=p.memory.size + 1024,
@@ -152,15 +164,17 @@ def _produce(p: WgmmaProblem, t: Block) -> None:
     def copy(i: I32, _: list[I32]) -> list[I32]:
         index = i * 4 + t.warp
         slot = index % p.config.slots
-        chunk = index % chunks
-        token, channel = t.tile(p, index // chunks)
+        chunk, tile = index % chunks, index // chunks
         # The first round, parity 0, finds all slots empty.
         ptx.wait(t.empty(slot), (index // p.config.slots + 1) & 1)
-        ptx.expect_bytes(t.full(slot), p.memory.x_bytes + p.memory.weight_bytes)
-        _copy_x(p, t, slot, token, chunk)
+        parts = [t.part(p, tile, r) for r in range(p.config.row_warpgroups)]
+        boxes = _boxes(p, parts[0])
+        box_bytes = p.memory.x_bytes // p.config.boxes
+        ptx.expect_bytes(t.full(slot), boxes * box_bytes + p.memory.weight_bytes)
+        _copy_x(p, t, slot, parts[0].token, boxes, chunk)
         target = t.shared + p.memory.weights + slot * p.memory.weight_bytes
-        for r in range(p.config.row_warpgroups):
-            group = ptx.minimum(channel // 64 + r, p.n // 64 - 1)
+        for r, part in enumerate(parts):
+            group = ptx.minimum(part.group, p.n // 64 - 1)
             source = t.gmem["w"].advance(group, p.chunks * group_bytes)
             source = source.advance(ptx.minimum(chunk, p.chunks - 1), group_bytes)
             ptx.copy_to_shared(target + r * group_bytes, source, group_bytes, t.full(slot))
@@ -170,18 +184,26 @@ def _produce(p: WgmmaProblem, t: Block) -> None:
         ptx.loop((t.tiles * chunks + 3 - t.warp) // 4, [], copy)
 
 
-def _copy_x(p: WgmmaProblem, t: Block, slot: I32, token: I32, chunk: I32) -> None:
-    """Start the copy of this block's part of x to all of the cluster."""
-    part = p.config.tokens // p.config.cluster
-    target = t.shared + slot * p.memory.x_bytes + t.rank * (part * layout.FEATURES)
-    ptx.copy_tile_to_shared(
-        target,
-        t.x_map,
-        token + t.rank * part,
-        chunk * layout.FEATURES,
-        t.full(slot),
-        blocks=p.config.cluster,
-    )
+def _boxes(p: WgmmaProblem, part: Part) -> I32 | int:
+    """How many boxes of x the tile of this part needs."""
+    return part.quarters * p.config.boxes // QUARTERS if p.cut.less_x else p.config.boxes
+
+
+def _copy_x(p: WgmmaProblem, t: Block, slot: I32, token: I32, boxes: I32 | int, chunk: I32) -> None:
+    """Start the copies of this block's boxes of x, the first `boxes` of a tile, to all of the
+    cluster."""
+    size = p.config.tokens // p.config.boxes
+    for i in range(0, p.config.boxes, p.config.cluster):
+        box = t.rank + i
+        with ptx.when(box < boxes) if p.cut.less_x else contextlib.nullcontext():
+            ptx.copy_tile_to_shared(
+                t.shared + slot * p.memory.x_bytes + box * (size * layout.FEATURES),
+                t.x_map,
+                token + box * size,
+                chunk * layout.FEATURES,
+                t.full(slot),
+                blocks=p.config.cluster,
+            )
 
 
 # Consumers
@@ -191,9 +213,14 @@ def _consume(p: WgmmaProblem, t: Block) -> None:
     ptx.set_max_registers(p.config.registers, increase=True)
     me = Consumer(p, t)
 
+    if _lead(p):
+        with ptx.when(~me.row_group.is_(0)):
+            ptx.sync_block(128 * p.config.warpgroups, LEAD_BARRIER)
+
     def tile(i: I32, ring: list[I32]) -> list[I32]:
-        epilogue = Epilogue(p, t, me, i, *t.tile(p, i))
-        acc, ring = _multiply(p, t, me, ring)
+        part = t.part(p, i, me.row_group)
+        epilogue = Epilogue(p, t, me, i, part)
+        acc, ring = _multiply(p, t, me, i, part, ring)
         first, acc = exchange(p, t, me, acc)
         epilogue.store(p, t, me, first, acc)
         return ring
@@ -201,29 +228,52 @@ def _consume(p: WgmmaProblem, t: Block) -> None:
     ptx.loop(t.tiles, [ptx.constant(0)] * 2, tile)
 
 
-def _multiply(p: WgmmaProblem, t: Block, me: Consumer, ring: list[I32]) -> tuple[list, list]:
-    """One tile's steps -> this warpgroup's int32 sums [64, tokens] and the ring's next stage."""
-    count = p.config.tokens // 2
+def _lead(p: WgmmaProblem) -> int:
+    """config.lead, where a tile has so many chunks."""
+    return p.config.lead if p.config.lead < p.chunks else 0
 
-    def step(_: I32, carry: list[I32]) -> list[I32]:
-        acc, (stage, parity) = carry[:count], carry[count:]
-        slot = stage * p.config.k_warpgroups + me.k_group
-        ptx.wait(t.full(slot), parity)
-        codes, scales = _load_weights(p, t, me, slot)
-        descriptor = ptx.wgmma_descriptor(t.shared + slot * p.memory.x_bytes)
-        fragments = []
-        for s in range(4):
-            pair = [layout.expand(word, scales) for word in codes[2 * s : 2 * s + 2]]
-            fragments += ptx.wgmma_fence([*pair[0], *pair[1]])
-            acc = ptx.wgmma_s8(acc, fragments[-4:], descriptor + 2 * s)
-        ptx.wgmma_commit()
-        acc = ptx.wgmma_wait(acc, fragments)
-        _release(p, t, slot)
-        return [*acc, *_next(stage, parity, p.config.stages)]
 
-    zeros = [ptx.constant(0)] * count
-    carry = ptx.loop(ptx.constant(p.steps), [*zeros, *ring], step)
-    return carry[:count], carry[count:]
+def _multiply(
+    p: WgmmaProblem, t: Block, me: Consumer, tile: I32, part: Part, ring: list[I32]
+) -> tuple[list, list]:
+    """One tile's steps -> this warpgroup's int32 sums [64, tokens] and the ring's next stage.
+
+    For every number of tokens that a part may have there is a loop, of which all but one are empty.
+    """
+    acc = [ptx.constant(0)] * (p.config.tokens // 2)
+    for quarters in p.cut.sizes:
+        steps = ptx.constant(p.steps)
+        if len(p.cut.sizes) > 1:
+            steps = ptx.select(part.quarters.is_(quarters), p.steps, 0)
+        count = p.config.tokens // 2 * quarters // QUARTERS
+        step = functools.partial(_step, p, t, me, tile, part)
+        *found, stage, parity = ptx.loop(steps, [*acc[:count], *ring], step)
+        acc, ring = [*found, *acc[count:]], [stage, parity]
+    return acc, ring
+
+
+def _step(
+    p: WgmmaProblem, t: Block, me: Consumer, tile: I32, part: Part, i: I32, carry: list[I32]
+) -> list[I32]:
+    """Multiply a chunk: carry is the sums and the ring's stage."""
+    *acc, stage, parity = carry
+    if lead := _lead(p):
+        with ptx.when(tile.is_(0) & i.is_(lead) & me.row_group.is_(0)):
+            ptx.arrive_at_block(128 * p.config.warpgroups, LEAD_BARRIER)
+    slot = stage * p.config.k_warpgroups + me.k_group
+    ptx.wait(t.full(slot), parity)
+    codes, scales = _load_weights(p, t, me, slot)
+    x = t.shared + slot * p.memory.x_bytes + part.offset * layout.FEATURES
+    descriptor = ptx.wgmma_descriptor(x)
+    fragments = []
+    for s in range(4):
+        pair = [layout.expand(word, scales) for word in codes[2 * s : 2 * s + 2]]
+        fragments += ptx.wgmma_fence([*pair[0], *pair[1]])
+        acc = ptx.wgmma_s8(acc, fragments[-4:], descriptor + 2 * s)
+    ptx.wgmma_commit()
+    acc = ptx.wgmma_wait(acc, fragments)
+    _release(p, t, slot)
+    return [*acc, *_next(stage, parity, p.config.stages)]
 
 
 def _load_weights(p: WgmmaProblem, t: Block, me: Consumer, slot: I32) -> tuple[list[I32], Any]:

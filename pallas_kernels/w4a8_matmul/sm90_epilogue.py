@@ -18,6 +18,7 @@ from qserve_jax.pallas_kernels.intrinsics import F32, I32
 from qserve_jax.pallas_kernels.w4a8_matmul import layout
 from qserve_jax.pallas_kernels.w4a8_matmul.problem import INT32_SUMS
 from qserve_jax.pallas_kernels.w4a8_matmul.sm90_thread import Block, Consumer, WgmmaProblem
+from qserve_jax.pallas_kernels.w4a8_matmul.sm90_tiles import QUARTERS, Part
 
 
 def exchange(
@@ -71,9 +72,9 @@ class Epilogue:
     two tiles in turn, so that only the warpgroup waits, once.
     """
 
-    def __init__(self, p: WgmmaProblem, t: Block, me: Consumer, i: I32, token: I32, channel: I32):
-        self.row_tile = channel + me.row_tile * layout.ROWS
-        self.token = token
+    def __init__(self, p: WgmmaProblem, t: Block, me: Consumer, i: I32, part: Part):
+        self.row_tile = part.group * 64 + me.warp * layout.ROWS
+        self.token, self.quarters = part.token, part.quarters
         self.rows = [self.row_tile + layout.channel_of_row(me.g + r) for r in (0, 8)]
         inside = [ptx.minimum(row, p.n - 1) for row in self.rows]
         self.per_row = {
@@ -111,20 +112,31 @@ class Epilogue:
         ptx.wait_all_copies()
         ptx.sync_block(128, (t.warp >> 2) + 5)
         columns = self.columns + (me.c * 2 + first) * 4
+        tokens = len(acc) // 4 * 8
+        quarter = p.config.tokens // QUARTERS if p.cut.parts else tokens
         with ptx.when(self.row_tile < p.n):
-            for j in range(len(acc) // 4):
-                values = acc[4 * j : 4 * j + 4]
-                token = self.token + first + 8 * j
-                if p.out_dtype != INT32_SUMS:
-                    values = self._scaled(p, columns, j, values)
-                if p.residual:
-                    channel = self.row_tile + me.c * 4
-                    added = _load_halves(p, t, channel, ptx.minimum(token + me.g, p.m - 1))
-                    values = [v + r for v, r in zip(values, added, strict=True)]
-                if p.out_dtype in (INT32_SUMS, "float32"):
-                    _store_words(p, t, self.rows, token + me.c * 2, values)
-                else:
-                    _store_halves(p, t, self.row_tile + me.c * 4, token + me.g, values)
+            for start in range(0, tokens, quarter):
+                inside = first // quarter + start // quarter < self.quarters
+                with ptx.when(inside) if p.cut.parts else contextlib.nullcontext():
+                    for j in range(start // 8, (start + quarter) // 8):
+                        self._store(p, t, me, columns, first, j, acc[4 * j : 4 * j + 4])
+
+    def _store(
+        self, p: WgmmaProblem, t: Block, me: Consumer, columns: I32, first: Any, j: int, sums: list
+    ) -> None:
+        """Eight tokens, from first + 8 j of the tile on."""
+        values = sums
+        token = self.token + first + 8 * j
+        if p.out_dtype != INT32_SUMS:
+            values = self._scaled(p, columns, j, values)
+        if p.residual:
+            channel = self.row_tile + me.c * 4
+            added = _load_halves(p, t, channel, ptx.minimum(token + me.g, p.m - 1))
+            values = [v + r for v, r in zip(values, added, strict=True)]
+        if p.out_dtype in (INT32_SUMS, "float32"):
+            _store_words(p, t, self.rows, token + me.c * 2, values)
+        else:
+            _store_halves(p, t, self.row_tile + me.c * 4, token + me.g, values)
 
     def _scaled(self, p: WgmmaProblem, columns: I32, j: int, sums: list[I32]) -> list[F32]:
         x_scales = ptx.load_shared(columns, 32 * j, count=2, kind=F32)

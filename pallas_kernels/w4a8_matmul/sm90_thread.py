@@ -12,9 +12,15 @@ from qserve_jax.pallas_kernels.w4a8_matmul import layout
 from qserve_jax.pallas_kernels.w4a8_matmul.problem import Problem, go_to_layer
 from qserve_jax.pallas_kernels.w4a8_matmul.sm90_config import (
     SharedMemory,
-    Sm90Config,
-    grid,
     shared_memory,
+)
+from qserve_jax.pallas_kernels.w4a8_matmul.sm90_tiles import (
+    Cut,
+    Part,
+    Sm90Config,
+    cut,
+    last_part,
+    whole_tile,
 )
 
 
@@ -26,18 +32,9 @@ class WgmmaProblem(Problem):
     def steps(self) -> int:
         return -(-self.chunks // self.config.k_warpgroups)
 
-    @property
-    def token_tiles(self) -> int:
-        return -(-self.m // self.config.tokens)
-
-    @property
-    def clusters(self) -> int:
-        return grid(self.config, self.m, self.n)[0]
-
-    @property
-    def tiles(self) -> int:
-        """Of all clusters, see sm90_config.grid."""
-        return grid(self.config, self.m, self.n)[1]
+    @functools.cached_property
+    def cut(self) -> Cut:
+        return cut(self.config, self.m, self.n)
 
     @functools.cached_property
     def memory(self) -> SharedMemory:
@@ -55,11 +52,10 @@ class Block:
         self.lane = self.index & 31
         self.rank = ptx.cluster_rank() if p.config.cluster > 1 else ptx.constant(0)
         self.first_tile = ptx.block_index() // p.config.cluster
-        count = (p.tiles + p.clusters - 1 - self.first_tile) // p.clusters
-        self.tiles = count
+        self.tiles = self.count_tiles(p)
         self.gmem = {name: ptx.global_address(ref) for name, ref in refs.items()}
         go_to_layer(p, self.gmem)
-        box = (p.config.tokens // p.config.cluster, layout.FEATURES)
+        box = (p.config.tokens // p.config.boxes, layout.FEATURES)
         self.x_map = ptx.tensor_map(context, refs["x"], box)
         self.shared = (ptx.shared_address(shared) + 1023) & 0xFFFFFC00
         self._full = ptx.shared_address(barriers)
@@ -71,11 +67,21 @@ class Block:
     def empty(self, slot: I32) -> I32:
         return self._empty + slot * 8
 
-    def tile(self, p: WgmmaProblem, i: I32) -> tuple[I32, I32]:
-        """First token and first channel of this block's i-th tile; channels may begin beyond N."""
-        tile = self.first_tile + i * p.clusters
-        group = (tile // p.token_tiles) * p.config.cluster + self.rank
-        return (tile % p.token_tiles) * p.config.tokens, group * p.config.rows
+    def count_tiles(self, p: WgmmaProblem) -> I32:
+        """Of this block, whole or not."""
+        if p.cut.parts:
+            return ptx.select(self.first_tile < p.cut.parts, p.cut.rounds + 1, p.cut.rounds)
+        return (p.cut.whole + p.cut.clusters - 1 - self.first_tile) // p.cut.clusters
+
+    def part(self, p: WgmmaProblem, i: I32, row_group: I32 | int) -> Part:
+        """What a row group of this block computes of its i-th tile."""
+        tile = self.first_tile + i * p.cut.clusters
+        whole = whole_tile(p.config, p.cut, tile, self.rank, row_group)
+        if not p.cut.parts:
+            return whole
+        part = last_part(p.config, p.cut, self.first_tile, self.rank, row_group)
+        is_last = i.is_(p.cut.rounds)
+        return Part(*(ptx.select(is_last, *pair) for pair in zip(part, whole, strict=True)))
 
 
 class Consumer:

@@ -111,6 +111,15 @@ CASES = [  # m, n, k, config: idle warps, a last block or tile part empty, one t
     ("mosaic_sm90", 301, 3200, 1152, Sm90Config(64, 1, 2, 3, 1)),
     ("mosaic_sm90", 300, 3136, 1152, Sm90Config(32, 1, 4, 2, 2)),
     ("mosaic_sm90", 513, 8512, 640, Sm90Config(256, 2, 1, 5, 2)),
+    # A finer last round: of three quarters, alone and after a whole one; halves; quarters.
+    ("mosaic_sm90", 60, 320, 640, Sm90Config(64, 2, 1, 5, 1, last=3)),
+    ("mosaic_sm90", 64, 17984, 384, Sm90Config(64, 2, 1, 5, 1, last=3, lead=2)),
+    ("mosaic_sm90", 250, 1216, 640, Sm90Config(128, 2, 2, 3, 1, last=3)),
+    ("mosaic_sm90", 256, 17920, 384, Sm90Config(256, 2, 1, 5, 1, last=2, lead=3)),
+    ("mosaic_sm90", 129, 17920, 384, Sm90Config(256, 2, 1, 5, 2, last=1, lead=4)),
+    ("mosaic_sm90", 64, 8640, 384, Sm90Config(64, 1, 4, 2, 1, last=1)),
+    ("mosaic_sm90", 300, 3136, 1152, Sm90Config(64, 3, 2, 4, 1)),
+    ("mosaic_sm90", 513, 8512, 640, Sm90Config(256, 2, 1, 5, 2, lead=4)),
 ]
 
 

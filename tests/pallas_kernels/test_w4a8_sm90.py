@@ -14,7 +14,12 @@ from jax.sharding import PartitionSpec as P
 
 from qserve_jax.benchmarks.shapes import TOKENS
 from qserve_jax.pallas_kernels import backend, prepare, quantized_matmul, w4a8_matmul
-from qserve_jax.pallas_kernels.w4a8_matmul import mosaic_sm90, sm90_config, to_kernel_layout
+from qserve_jax.pallas_kernels.w4a8_matmul import (
+    mosaic_sm90,
+    sm90_config,
+    sm90_tiles,
+    to_kernel_layout,
+)
 from qserve_jax.pallas_kernels.w4a8_matmul.problem import INT32_SUMS
 from qserve_jax.pallas_kernels.w4a8_matmul.sm90_config import Sm90Config
 from qserve_jax.quantization.qtensor import is_quantized
@@ -123,9 +128,17 @@ GOOD = Sm90Config(tokens=64, row_warpgroups=2, k_warpgroups=2, stages=2, cluster
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"tokens": 0}, "all fields must be at least 1"),
+        ({"tokens": 0}, "all fields but lead must be at least 1"),
         ({"tokens": 72}, "tokens must be one of"),
-        ({"row_warpgroups": 3}, r"row_warpgroups \* k_warpgroups must be at most 4"),
+        ({"row_warpgroups": 4}, r"row_warpgroups \* k_warpgroups must be at most 6"),
+        ({"row_warpgroups": 5, "k_warpgroups": 1}, "row_warpgroups must be at most 4"),
+        ({"last": 5}, "last must be 1, 2, 3 or 4 quarters"),
+        ({"last": 2, "tokens": 96}, "last needs tokens of 64, 128 or 256"),
+        ({"last": 3, "row_warpgroups": 1}, "last = 3 needs 2 row_warpgroups and no cluster"),
+        ({"last": 3, "cluster": 2}, "last = 3 needs 2 row_warpgroups and no cluster"),
+        ({"lead": -1}, "all fields but lead must be at least 1"),
+        ({"lead": 1}, "lead needs several row_warpgroups and one k_warpgroup"),
+        ({"lead": 4, "k_warpgroups": 1, "stages": 4}, "lead must be below the 4 chunks in flight"),
         ({"tokens": 24}, "tokens must be a multiple of 8 k_warpgroups"),
         (
             {"tokens": 24, "k_warpgroups": 1, "stages": 4, "cluster": 2},
@@ -145,9 +158,61 @@ def test_config_errors(change, message):
         sm90_config.check_config(dataclasses.replace(GOOD, **change), 64, 1024, True)
 
 
+# Configs that the heuristic does not choose: not run on a GPU yet
+
+PREPARED = [  # m, n, k, config
+    (256, 28672, 4096, Sm90Config(256, 2, 1, 5, 1, last=3, lead=3)),
+    (512, 28672, 4096, Sm90Config(256, 2, 1, 5, 1, last=2)),
+    (4096, 28672, 4096, Sm90Config(256, 2, 1, 5, 2, last=1, lead=2)),
+    (256, 6144, 4096, Sm90Config(64, 3, 2, 4, 1)),
+    (200, 6144, 4096, Sm90Config(128, 2, 2, 4, 1, last=3)),
+]
+
+
+@every_kind
+@pytest.mark.parametrize("m, n, k, config", PREPARED)
+def test_prepared_configs_lower(per_group, m, n, k, config):
+    def run(x, w):
+        return mosaic_sm90.matmul(x, w, layer=0, config=config)
+
+    assert sm90_tiles.cut(config, m, n).last == config.last
+    text = lower(run, *shape_only(per_group, m, n, k))
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize("n, k", [*SHAPES, *SMALL_SHAPES])
+def test_the_heuristic_leaves_them_alone(n, k):
+    for m in TOKENS:
+        chosen = sm90_config.choose_config(m, n, k, True)
+        assert (chosen.last, chosen.lead) == (4, 0) and chosen.warpgroups <= 4
+
+
+@pytest.mark.parametrize(
+    "last, m, n, rounds, parts",
+    [
+        *[(3, 256, 28672, 1, 124), (2, 512, 28672, 3, 104), (1, 256, 37888, 2, 128)],
+        *[(3, 512, 6144, 0, 128), (2, 1024, 6144, 1, 120)],
+        (3, 300, 28672, 3, 72),  # two token tiles: 52 tiles are 26 beside each other, 8 x 3 + 2
+    ],
+)
+def test_a_finer_last_round_fills_the_sms(last, m, n, rounds, parts):
+    found = sm90_tiles.cut(Sm90Config(256, 2, 1, 5, 1, last), m, n)
+    assert (found.last, found.rounds, found.parts) == (last, rounds, parts)
+    assert found.clusters == (132 if rounds else parts)
+    whole = sm90_tiles.cut(Sm90Config(256, 2, 1, 5, 1), m, n)
+    assert whole.rounds == rounds + 1 and whole.parts == 0
+
+
+@pytest.mark.parametrize("last, m, n", [(2, 256, 28672), (3, 1024, 28672), (3, 1280, 28672)])
+def test_what_cannot_be_cut_stays_whole(last, m, n):
+    """Too many parts for the SMs, or three tiles beside each other of other tokens."""
+    whole = sm90_tiles.cut(Sm90Config(256, 2, 1, 5, 1), m, n)
+    assert sm90_tiles.cut(Sm90Config(256, 2, 1, 5, 1, last), m, n) == whole
+
+
 def test_a_config_that_cannot_run_is_refused_by_the_matmul(rng):
     w = to_kernel_layout(make_weight(True, rng, (64, 256)))
-    with pytest.raises(ValueError, match="stages=1, cluster=1.* cannot run: stages must"):
+    with pytest.raises(ValueError, match="stages=1, cluster=1, .* cannot run: stages must"):
         mosaic_sm90.matmul(
             make_activation(rng, 2, 256), w, config=dataclasses.replace(GOOD, stages=1)
         )

@@ -10,8 +10,9 @@ copy engine (TMA) writes a tile of row-major x: nothing is rearranged before the
 
 How the work is cut (sm90_tiles.py). A block computes tiles of 64 * row_warpgroups channels x
 `tokens`. Blocks stay: block b takes tiles b, b + blocks, ..., tokens first, so that the blocks of a
-wave share few weights' rows and x stays in L2; the last round may be cut finer. Where a matrix has few tiles, k_warpgroups split the
-chunks of 128 features among themselves and add their int32 sums in shared memory, which is exact.
+wave share few weights' rows and x stays in L2; the last round may be cut finer. Where a matrix has
+few tiles, k_warpgroups split the chunks of 128 features among themselves and add their int32 sums
+in shared memory, which is exact.
 `cluster` blocks beside each other along N read the same x: each copies a part of it to all of them
 (multicast). It pays from several rounds of tiles on.
 

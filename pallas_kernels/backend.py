@@ -47,16 +47,22 @@ def _major(capability: str) -> int:
     return int(major) if major.isdecimal() else 0
 
 
+def default_device() -> Any:
+    """Where JAX computes unless told otherwise: jax_default_device, a device or a platform's first,
+    or the first of all."""
+    device = jax.config.jax_default_device or jax.default_backend()
+    return jax.devices(device)[0] if isinstance(device, str) else device
+
+
 def unavailable(name: str) -> str | None:
     """Why no kernel of this backend can run where JAX computes by default; None where it can."""
     if name not in NEEDS:
         return None
     gpu, said, can = NEEDS[name]
-    device = jax.config.jax_default_device or jax.default_backend()
-    platform = getattr(device, "platform", device)
-    if platform != "gpu":
-        return f"{name} needs an NVIDIA {gpu} GPU, but JAX computes on {platform}"
-    capability = str(getattr(jax.devices("gpu")[0], "compute_capability", "unknown"))
+    device = default_device()
+    if device.platform != "gpu":
+        return f"{name} needs an NVIDIA {gpu} GPU, but JAX computes on {device.platform}"
+    capability = str(getattr(device, "compute_capability", "unknown"))
     if not can(capability):
         return f"{name} needs compute capability {said} ({gpu}), this GPU has {capability}"
     return None

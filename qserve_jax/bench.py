@@ -111,6 +111,8 @@ def checked_save(args: argparse.Namespace) -> Report | None:
         if args.no_run:
             raise UsageError("--no-run shows saved results: name their --save FILE")
         return None
+    if args.save.is_dir():
+        raise UsageError(f"--save {args.save} is a folder: name a file in it")
     if not args.save.parent.is_dir():
         raise UsageError(f"--save {args.save}: there is no folder {args.save.parent}, make it")
     try:
@@ -119,6 +121,8 @@ def checked_save(args: argparse.Namespace) -> Report | None:
         raise UsageError(f"--save {error}") from None
     if args.no_run and saved is None:
         raise UsageError(f"--no-run: there is no file {args.save}, leave --no-run out to measure")
+    if args.no_run and not (saved and saved["ceilings"]):
+        raise UsageError(f"--no-run: {args.save} has no results yet, leave --no-run out to measure")
     return saved
 
 

@@ -30,6 +30,7 @@ from qserve_jax.benchmarks.operands import copies_of, make_activation, make_weig
 from qserve_jax.benchmarks.provenance import provenance
 from qserve_jax.benchmarks.shapes import MODEL_SHAPES, TOKENS, Shape, parse_shape
 from qserve_jax.benchmarks.tune import ENOUGH, Measure, best_of, climb
+from qserve_jax.pallas_kernels.backend import default_device
 from qserve_jax.pallas_kernels.w4a8_matmul.api import W4A8_BACKENDS
 from qserve_jax.pallas_kernels.w4a8_matmul.sm90_tiles import Sm90Config
 from qserve_jax.pallas_kernels.w4a8_matmul.tuning import DESIGNS, Design, bucket, tuned_path
@@ -160,7 +161,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     check_available()
-    output = args.output or tuned_path(jax.devices()[0].device_kind)
+    output = args.output or tuned_path(default_device().device_kind)
     for case in prepared_cases(args) if args.prepared else all_cases(args):
         if entry := tune(*case):
             merge(output, entry)

@@ -30,6 +30,19 @@ def no_cache(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
 
 
+def test_a_report_without_results_and_a_folder(capsys, tmp_path):
+    """What a run leaves that was stopped before its first row."""
+    path = tmp_path / "r.json"
+    report.write_report(path, FULL | {"ceilings": {}, "rows": []})
+    for flags, line in (
+        (["--no-run", "--save", str(path)], "has no results yet, leave --no-run out to measure"),
+        (["--save", str(tmp_path)], f"--save {tmp_path} is a folder: name a file in it"),
+    ):
+        assert bench.main(["kernels", *flags]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and line in err
+
+
 @pytest.mark.parametrize(
     "flags, line",
     [

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qserve_jax.pallas_kernels.intrinsics.target import lowered_for
+from qserve_jax.pallas_kernels.intrinsics.target import for_gpus, lowered_for
 
 
 def launch(
@@ -37,7 +37,7 @@ def launch(
     arch: the compute capability to lower for, see `architecture`; None for the GPU's. With one
       output only.
 
-    Raises NotImplementedError under jax.grad.
+    Raises TypeError under jax.grad; ValueError where it is compiled for no NVIDIA GPU.
     """
     ref = plgpu.RefType()
 
@@ -72,7 +72,8 @@ def launch(
         call = lowered_for(arch, call, out)
     if arch is not None or with_context:  # a tensor map has the operand's own rank
         call = jax.custom_batching.sequential_vmap(call)
-    return _without_derivative(call, name)(*inputs)
+    first, *others = inputs
+    return _without_derivative(call, name)(for_gpus(first, name), *others)
 
 
 def _without_derivative(call: Callable, name: str) -> Callable:

@@ -97,7 +97,7 @@ def matmul(
     """
     arguments: dict[str, Any] = {"bias": bias, "residual": residual, "layer": layer}
     if config is None and x.scale.size <= MMA_TOKENS:
-        return mosaic_mma.matmul(x, w, **arguments, out_dtype=out_dtype)
+        return mosaic_mma.matmul(x, w, **arguments, out_dtype=out_dtype, named="mosaic_sm90")
     if residual is not None and not _adds(residual, out_dtype):
         y = matmul(x, w, **arguments | {"residual": None}, out_dtype=jnp.float32, config=config)
         return (y + residual.astype(jnp.float32)).astype(out_dtype)

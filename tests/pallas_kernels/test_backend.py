@@ -87,7 +87,7 @@ def calls():
 
 
 REFUSES = {
-    "quantized_matmul": "mosaic_mma: layout 'canonical' is not",
+    "quantized_matmul": "mosaic_mma: a weight of N=8, K=128 cannot be packed",
     "append_kv": "append_kv has no 'mosaic_mma' backend",
     "paged_attention": "paged_attention has no 'mosaic_mma' backend",
 }

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from qserve_jax.benchmarks.shapes import TOKENS
 from qserve_jax.pallas_kernels import backend, prepare, quantized_matmul, w4a8_matmul
 from qserve_jax.pallas_kernels.w4a8_matmul import (
+    mosaic_mma,
     mosaic_sm90,
     sm90_config,
     sm90_tiles,
@@ -387,12 +388,27 @@ def test_why_it_cannot_run_here(device, monkeypatch):
     assert "needs compute capability 9.0 (Hopper), this GPU has 8.0" in str(
         backend.unavailable("mosaic_sm90")
     )
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    device.platform = "cpu"
     assert "JAX computes on cpu" in str(backend.unavailable("mosaic_sm90"))
     assert backend.usable(None) == ("reference",)
     assert backend.usable("mosaic_sm90") == ("mosaic_sm90",)  # named: to lower it for elsewhere
     monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "mosaic_sm90")
     assert backend.usable(None) == ("mosaic_sm90",)
+
+
+def test_the_default_device_decides(device, monkeypatch):
+    """Of several GPUs, and where a GPU is there but not used."""
+    other = types.SimpleNamespace(compute_capability="8.0", device_kind="Y", platform="gpu")
+    cpu = types.SimpleNamespace(device_kind="cpu", platform="cpu")
+    for chosen, kind, reason in (
+        (None, "NVIDIA X", None),
+        (other, "Y", "needs compute capability 9.0 (Hopper), this GPU has 8.0"),
+        (cpu, "cpu", "but JAX computes on cpu"),
+    ):
+        monkeypatch.setattr(backend.jax, "config", types.SimpleNamespace(jax_default_device=chosen))
+        assert backend.default_device().device_kind == kind
+        found = backend.unavailable("mosaic_sm90")
+        assert found is None if reason is None else reason in str(found)
 
 
 def test_sums_are_int32():
@@ -401,3 +417,54 @@ def test_sums_are_int32():
         lambda x, w: w4a8_matmul(x, w, layer=0, out_dtype=INT32_SUMS, backend="mosaic_sm90"), x, w
     )
     assert run.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("name", ["mosaic_sm90", "mosaic_mma"])
+def test_a_named_backend_says_in_one_line_that_this_is_no_gpu(name, rng):
+    """Eagerly and in a jit, which is lowered long after the call."""
+    x, w = make_activation(rng, 64, 256), to_kernel_layout(make_weight(True, rng, (64, 256)))
+
+    def run(x, w):
+        return w4a8_matmul(x, w, backend=name)
+
+    message = r"^w4a8_matmul_g128_\w+ is a kernel for NVIDIA GPUs, but is compiled for cpu: use "
+    for call in (run, jax.jit(run)):
+        with pytest.raises(ValueError, match=message) as found:
+            call(x, w)
+        assert "\n" not in str(found.value)
+
+
+def test_refusals_name_the_backend_that_was_named(rng):
+    """Up to 32 tokens mosaic_sm90 calls mosaic_mma."""
+    x, w = make_activation(rng, 2, 256), to_kernel_layout(make_weight(True, rng, (64, 256)))
+    for name in ("mosaic_sm90", "mosaic_mma"):
+        with pytest.raises(NotImplementedError, match=f"^{name}: out_dtype int8 is none of"):
+            w4a8_matmul(x, w, out_dtype=jnp.int8, backend=name)
+
+
+@pytest.mark.parametrize("n, k", [(64, 192), (96, 256)])
+def test_a_weight_that_cannot_be_packed_is_told_so(n, k, rng):
+    x, w = make_activation(rng, 2, k), make_weight(False, rng, (n, k))
+    message = f"^mosaic_sm90: a weight of N={n}, K={k} cannot be packed: N must be a multiple of 64"
+    with pytest.raises(NotImplementedError, match=message):
+        w4a8_matmul(x, w, backend="mosaic_sm90")
+    np.testing.assert_array_equal(
+        quantized_matmul(x, w), quantized_matmul(x, w, backend="reference")
+    )
+
+
+@pytest.mark.parametrize("name, module", [("mosaic_sm90", mosaic_sm90), ("mosaic_mma", mosaic_mma)])
+def test_a_call_outside_of_jit_is_traced_once(name, module, monkeypatch, rng):
+    x, w = make_activation(rng, 7, 384), to_kernel_layout(make_weight(True, rng, (2, 64, 384)))
+    traced = []
+
+    def matmul(x, w, *, layer, out_dtype, **_):
+        traced.append(layer)
+        return quantized_matmul(x, w, layer=layer, out_dtype=out_dtype, backend="reference")
+
+    monkeypatch.setattr(module, "matmul", matmul)
+    for layer in (0, 1, jnp.int32(1)):
+        found = w4a8_matmul(x, w, layer=layer, backend=name)
+        expected = w4a8_matmul(x, w, layer=layer, backend="reference")
+        np.testing.assert_array_equal(found, expected)
+    assert len(traced) <= 2  # of a Python integer, and of an array

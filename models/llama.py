@@ -182,7 +182,7 @@ def decoder_layer(model, p, x, layer, positions, rope, attention, state, tap: Ta
         tap("o_proj", lambda: heads)
         o = p["o_proj"]
         y = quantize_input(heads, act_bits, o["kernel"], backend=backend)
-        x = x + linear(y, o, **options)
+        x = linear(y, o, residual=x, **options)
     with jax.named_scope("mlp"):
         norm = x, p["mlp_norm"]["scale"], config.rms_norm_eps
         names = ("gate_proj", "up_proj")
@@ -191,7 +191,7 @@ def decoder_layer(model, p, x, layer, positions, rope, attention, state, tap: Ta
         down = p["down_proj"]
         tap("down_proj", lambda: silu_mul(*split_gate_up(both)))
         y = silu_mul_input(both, act_bits, down["kernel"], backend=backend)
-        return x + linear(y, down, **options), state
+        return linear(y, down, residual=x, **options), state
 
 
 def split_heads(qkv: list[Array], config: ModelConfig) -> tuple[Array, Array, Array]:

@@ -199,16 +199,22 @@ def split_scales(word: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     return pair(0), pair(16)
 
 
-def expand(word: Any, scales: tuple[tuple[Any, Any], tuple[Any, Any]] | None) -> list[Any]:
+BIAS = 128
+"""What `expand(biased=True)` leaves on a weight."""
+
+
+def expand(
+    word: Any, scales: tuple[tuple[Any, Any], tuple[Any, Any]] | None, *, biased: bool = False
+) -> list[Any]:
     """A word of codes -> four int8 weights of fragment row g in one word, four of g + 8.
 
     With scales: code * scale + offset in all four bytes by one multiplication and one addition.
     Nothing carries from byte to byte, because code * scale + (offset + 128) is the int8 weight
     plus 128 and so within 0..255, and code * scale is no larger; the XOR takes the 128 off again.
+    biased: it stays on, and the weights are uint8.
     """
     codes = [word & 0x0F0F0F0F, (word >> 4) & 0x0F0F0F0F]
     if scales is None:
         return codes
-    return [
-        (q * scale + offset) ^ 0x80808080 for q, (scale, offset) in zip(codes, scales, strict=True)
-    ]
+    weights = [q * scale + offset for q, (scale, offset) in zip(codes, scales, strict=True)]
+    return weights if biased else [word ^ 0x80808080 for word in weights]

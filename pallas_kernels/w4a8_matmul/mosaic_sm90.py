@@ -106,6 +106,8 @@ def matmul(
     tuned = tuned_config("wgmma", m, n, k, per_group)
     chosen: Sm90Config = config or tuned or choose_config(m, n, k, per_group)
     check_config(chosen, m, n, per_group)
+    if chosen.biased:
+        operands["code_sum"] = x.code_sum.reshape(m).astype(jnp.int32)
     p = WgmmaProblem(**vars(problem), config=chosen)
     y = ptx.launch(
         functools.partial(_body, p, tuple(operands)),
@@ -264,13 +266,14 @@ def _step(
     slot = stage * p.config.k_warpgroups + me.k_group
     ptx.wait(t.full(slot), parity)
     codes, scales = _load_weights(p, t, me, slot)
+    biased = bool(p.config.biased)
     x = t.shared + slot * p.memory.x_bytes + part.offset * layout.FEATURES
     descriptor = ptx.wgmma_descriptor(x)
     fragments = []
     for s in range(4):
-        pair = [layout.expand(word, scales) for word in codes[2 * s : 2 * s + 2]]
+        pair = [layout.expand(word, scales, biased=biased) for word in codes[2 * s : 2 * s + 2]]
         fragments += ptx.wgmma_fence([*pair[0], *pair[1]])
-        acc = ptx.wgmma_s8(acc, fragments[-4:], descriptor + 2 * s)
+        acc = ptx.wgmma_s8(acc, fragments[-4:], descriptor + 2 * s, unsigned=biased)
     ptx.wgmma_commit()
     acc = ptx.wgmma_wait(acc, fragments)
     _release(p, t, slot)

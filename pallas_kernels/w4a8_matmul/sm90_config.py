@@ -43,7 +43,7 @@ def shared_memory(config: Sm90Config, m: int, n: int, per_group: bool) -> Shared
     partials = 0 if cut(config, m, n).most == 1 else end
     partial_bytes = (config.k_warpgroups - 1) * config.rows * config.tokens * 4
     columns = max(end, partials + partial_bytes)
-    column_bytes = (1 if per_group else 2) * 4 * config.tokens
+    column_bytes = (1 if per_group and not config.biased else 2) * 4 * config.tokens
     return SharedMemory(
         x_bytes=x_bytes,
         weight_bytes=weight_bytes,
@@ -67,9 +67,9 @@ def _broken_rule(config: Sm90Config, m: int, n: int, per_group: bool) -> str | N
     must not come two rounds ahead of those that multiply, where the parity is the same again: what
     it waited for four chunks before keeps it from there, with four slots and whole turns of four.
     """
-    *sizes, lead = dataclasses.astuple(config)
+    *sizes, lead, biased = dataclasses.astuple(config)
     if min(sizes) < 1 or lead < 0:
-        return "all fields but lead must be at least 1"
+        return "all fields but lead and biased must be at least 1"
     memory = shared_memory(config, m, n, per_group)
     used = memory.size + 1024 + 8 * memory.barriers
     needs = config.tokens // 2 + 44
@@ -96,6 +96,7 @@ def _broken_rule(config: Sm90Config, m: int, n: int, per_group: bool) -> str | N
             lead == 0 or (config.row_warpgroups > 1 and config.k_warpgroups == 1),
             "lead needs several row_warpgroups and one k_warpgroup",
         ),
+        (biased in ((0, 1) if per_group else (0,)), "biased must be 0, or 1 in groups"),
         (lead < config.slots, f"lead must be below the {config.slots} chunks in flight"),
         (config.slots >= 4, "k_warpgroups * stages must be at least 4, a slot for each warp"),
         (needs <= config.registers, f"needs {needs} registers of {config.registers}"),

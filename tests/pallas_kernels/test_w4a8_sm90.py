@@ -1,6 +1,7 @@
 """The Hopper matmul on any host: it lowers for CUDA, and its configs fit."""
 
 import dataclasses
+import functools
 import itertools
 import time
 import types
@@ -129,7 +130,7 @@ GOOD = Sm90Config(tokens=64, row_warpgroups=2, k_warpgroups=2, stages=2, cluster
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"tokens": 0}, "all fields but lead must be at least 1"),
+        ({"tokens": 0}, "all fields but lead and biased must be at least 1"),
         ({"tokens": 72}, "tokens must be one of"),
         ({"row_warpgroups": 4}, r"row_warpgroups \* k_warpgroups must be at most 6"),
         ({"row_warpgroups": 5, "k_warpgroups": 1}, "row_warpgroups must be at most 4"),
@@ -137,7 +138,8 @@ GOOD = Sm90Config(tokens=64, row_warpgroups=2, k_warpgroups=2, stages=2, cluster
         ({"last": 2, "tokens": 96}, "last needs tokens of 64, 128 or 256"),
         ({"last": 3, "row_warpgroups": 1}, "last = 3 needs 2 row_warpgroups and no cluster"),
         ({"last": 3, "cluster": 2}, "last = 3 needs 2 row_warpgroups and no cluster"),
-        ({"lead": -1}, "all fields but lead must be at least 1"),
+        ({"lead": -1}, "all fields but lead and biased must be at least 1"),
+        ({"biased": 2}, "biased must be 0, or 1 in groups"),
         ({"lead": 1}, "lead needs several row_warpgroups and one k_warpgroup"),
         ({"lead": 4, "k_warpgroups": 1, "stages": 4}, "lead must be below the 4 chunks in flight"),
         ({"tokens": 24}, "tokens must be a multiple of 8 k_warpgroups"),
@@ -185,7 +187,21 @@ def test_prepared_configs_lower(per_group, m, n, k, config):
 def test_the_heuristic_leaves_them_alone(n, k):
     for m in TOKENS:
         chosen = sm90_config.choose_config(m, n, k, True)
-        assert (chosen.last, chosen.lead) == (4, 0) and chosen.warpgroups <= 4
+        assert (chosen.last, chosen.lead, chosen.biased) == (4, 0, 0) and chosen.warpgroups <= 4
+
+
+def test_biased_weights_are_uint8_and_need_groups():
+    def run(x, w, config):
+        return mosaic_sm90.matmul(x, w, layer=0, config=config)
+
+    plain = Sm90Config(256, 2, 1, 5, 1)
+    biased = dataclasses.replace(plain, biased=1)
+    x, w = shape_only(True, 256, 28672, 4096)
+    for config, kind, other in ((plain, "s8.s8", "u8.s8"), (biased, "u8.s8", "s8.s8")):
+        text = mosaic_module(lower(functools.partial(run, config=config), x, w))[1]
+        assert f"n256k32.s32.{kind}" in text and f"n256k32.s32.{other}" not in text
+    with pytest.raises(ValueError, match="cannot run: biased must be 0, or 1 in groups"):
+        jax.eval_shape(functools.partial(run, config=biased), *shape_only(False, 256, 28672, 4096))
 
 
 @pytest.mark.parametrize(

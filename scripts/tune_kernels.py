@@ -29,33 +29,38 @@ from qserve_jax.benchmarks.matmul import weight_bytes
 from qserve_jax.benchmarks.operands import copies_of, make_activation, make_weight
 from qserve_jax.benchmarks.provenance import provenance
 from qserve_jax.benchmarks.shapes import MODEL_SHAPES, TOKENS, Shape, parse_shape
-from qserve_jax.benchmarks.tune import ENOUGH, Measure, best_of, climb
+from qserve_jax.benchmarks.tune import ENOUGH, Measure, best_of, can_run, climb
 from qserve_jax.pallas_kernels.backend import default_device
 from qserve_jax.pallas_kernels.w4a8_matmul.api import W4A8_BACKENDS
 from qserve_jax.pallas_kernels.w4a8_matmul.sm90_tiles import Sm90Config
 from qserve_jax.pallas_kernels.w4a8_matmul.tuning import DESIGNS, Design, bucket, tuned_path
 
-# tokens, row_warpgroups, k_warpgroups, stages, cluster, last, lead
+# tokens, row_warpgroups, k_warpgroups, stages, cluster, last, lead, biased (in groups only)
+LARGE = (256, 2, 1, 5)
 PREPARED = {  # (m, n, k): configs that have not run on a GPU yet, or that a sweep left out
     (256, 28672, 4096): [
-        (256, 2, 1, 5, 1, *new) for new in ((3, 0), (4, 2), (4, 3), (3, 2), (3, 3))
+        *[(*LARGE, 1, 3, 0), (*LARGE, 1, 4, 2), (*LARGE, 1, 4, 3), (*LARGE, 1, 3, 2)],
+        *[(*LARGE, 1, 3, 3), (*LARGE, 1, 4, 0, 1), (*LARGE, 1, 3, 3, 1)],
     ],
-    (512, 28672, 4096): [(256, 2, 1, 5, 1, *new) for new in ((2, 0), (4, 3), (2, 2), (2, 3))],
-    (1024, 28672, 4096): [(256, 2, 1, 5, *new) for new in ((2, 4, 3), (1, 4, 3), (1, 4, 0))],
-    (4096, 28672, 4096): [(256, 2, 1, 5, 2, *new) for new in ((1, 0), (4, 3), (1, 2), (1, 3))],
+    (512, 28672, 4096): [(*LARGE, 1, *new) for new in ((2, 0), (4, 3), (2, 2), (2, 3))],
+    (1024, 28672, 4096): [(*LARGE, *new) for new in ((2, 4, 3), (1, 4, 3), (1, 4, 0))],
+    (4096, 28672, 4096): [
+        *[(*LARGE, 2, 1, 0), (*LARGE, 2, 4, 3), (*LARGE, 2, 1, 2), (*LARGE, 2, 1, 3)],
+        *[(*LARGE, 2, 4, 0, 1), (*LARGE, 2, 1, 3, 1)],
+    ],
     (128, 6144, 4096): [
         *[(64, 2, 2, 6, 1, 4, 0), (64, 2, 2, 6, 1, 3, 0), (64, 2, 1, 13, 1, 3, 0)],
-        *[(32, 3, 2, 6, 1, 4, 0), (128, 1, 2, 5, 1, 4, 0)],
+        *[(32, 3, 2, 6, 1, 4, 0), (128, 1, 2, 5, 1, 4, 0), (64, 2, 2, 6, 1, 4, 0, 1)],
     ],
     (256, 6144, 4096): [
         *[(128, 2, 2, 4, 1, 3, 0), (128, 2, 1, 9, 1, 3, 0), (128, 2, 1, 9, 1, 3, 3)],
-        *[(64, 3, 2, 5, 1, 4, 0), (64, 3, 1, 11, 1, 4, 0)],
+        *[(64, 3, 2, 5, 1, 4, 0), (64, 3, 1, 11, 1, 4, 0), (64, 3, 2, 5, 1, 4, 0, 1)],
     ],
-    (512, 6144, 4096): [(256, 2, 1, 5, 1, *new) for new in ((3, 0), (3, 3), (4, 3))],
-    (1024, 6144, 4096): [(256, 2, 1, 5, 1, *new) for new in ((2, 0), (2, 3), (4, 3))],
+    (512, 6144, 4096): [(*LARGE, 1, *new) for new in ((3, 0), (3, 3), (4, 3))],
+    (1024, 6144, 4096): [(*LARGE, 1, *new) for new in ((2, 0), (2, 3), (4, 3))],
     (256, 4096, 4096): [(128, 1, 2, stages, 1, 4, 0) for stages in (4, 5)],
     (256, 4096, 14336): [(128, 1, 2, stages, 1, 4, 0) for stages in (4, 5)],
-    (4096, 4096, 4096): [(256, 2, 1, 5, 2, 4, 3), (256, 2, 1, 5, 1, 4, 3)],
+    (4096, 4096, 4096): [(*LARGE, 2, 4, 3), (*LARGE, 1, 4, 3)],
 }
 
 
@@ -118,7 +123,8 @@ def tune(
     if prepared is None:
         best, us, first = climb(start, check, measure, rounds)
     else:
-        best, us, first = best_of(start, [c for c in prepared if c != start], measure)
+        able = [config for config in prepared if can_run(config, check) and config != start]
+        best, us, first = best_of(start, able, measure)
     print(f"{name} {m=} {n=} {k=} {per_group=}: {first:.2f} -> {us:.2f} us, {best}", flush=True)
     if us > ENOUGH * first:
         return None

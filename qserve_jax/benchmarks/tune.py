@@ -38,7 +38,7 @@ def climb(
     best, us, first = best_of(start, [], measure)
     seen = {start}
     for _ in range(rounds):
-        tried = [c for c in dict.fromkeys(neighbours(best)) if c not in seen and _valid(c, check)]
+        tried = [c for c in dict.fromkeys(neighbours(best)) if c not in seen and can_run(c, check)]
         seen.update(tried)
         fastest, least = _fastest(tried, measure)
         if least > ENOUGH * us:
@@ -66,7 +66,8 @@ def _fastest(tried: Sequence[Any], measure: Measure) -> tuple[Any, float]:
     return fastest, least
 
 
-def _valid(config: Any, check: Callable[[Any], None]) -> bool:
+def can_run(config: Any, check: Callable[[Any], None]) -> bool:
+    """Whether check, as in `climb`, raises nothing."""
     try:
         check(config)
     except (ValueError, ZeroDivisionError):  # the latter from fields of 0

@@ -199,22 +199,26 @@ def split_scales(word: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     return pair(0), pair(16)
 
 
-BIAS = 128
-"""What `expand(biased=True)` leaves on a weight."""
-
-
-def expand(
-    word: Any, scales: tuple[tuple[Any, Any], tuple[Any, Any]] | None, *, biased: bool = False
-) -> list[Any]:
+def expand(word: Any, scales: tuple[tuple[Any, Any], tuple[Any, Any]] | None) -> list[Any]:
     """A word of codes -> four int8 weights of fragment row g in one word, four of g + 8.
 
-    With scales: code * scale + offset in all four bytes by one multiplication and one addition.
-    Nothing carries from byte to byte, because code * scale + (offset + 128) is the int8 weight
-    plus 128 and so within 0..255, and code * scale is no larger; the XOR takes the 128 off again.
-    biased: it stays on, and the weights are uint8.
+    Without scales the codes themselves; with them `expand_biased`, and an XOR takes the 128 off.
     """
-    codes = [word & 0x0F0F0F0F, (word >> 4) & 0x0F0F0F0F]
     if scales is None:
-        return codes
-    weights = [q * scale + offset for q, (scale, offset) in zip(codes, scales, strict=True)]
-    return weights if biased else [word ^ 0x80808080 for word in weights]
+        return [word & 0x0F0F0F0F, (word >> 4) & 0x0F0F0F0F]
+    return [weights ^ 0x80808080 for weights in expand_biased(word, scales)]
+
+
+BIAS = 128
+"""By how much weights of `expand_biased` are too large."""
+
+
+def expand_biased(word: Any, scales: tuple[tuple[Any, Any], tuple[Any, Any]]) -> list[Any]:
+    """The same as uint8, 128 too large.
+
+    code * scale + offset in all four bytes by one multiplication and one addition. Nothing carries
+    from byte to byte, because code * scale + (offset + 128) is the int8 weight plus 128 and so
+    within 0..255, and code * scale is no larger.
+    """
+    codes = expand(word, None)
+    return [q * scale + offset for q, (scale, offset) in zip(codes, scales, strict=True)]

@@ -266,14 +266,14 @@ def _step(
     slot = stage * p.config.k_warpgroups + me.k_group
     ptx.wait(t.full(slot), parity)
     codes, scales = _load_weights(p, t, me, slot)
-    biased = bool(p.config.biased)
+    expand = layout.expand_biased if p.config.biased else layout.expand
     x = t.shared + slot * p.memory.x_bytes + part.offset * layout.FEATURES
     descriptor = ptx.wgmma_descriptor(x)
     fragments = []
     for s in range(4):
-        pair = [layout.expand(word, scales, biased=biased) for word in codes[2 * s : 2 * s + 2]]
+        pair = [expand(word, scales) for word in codes[2 * s : 2 * s + 2]]
         fragments += ptx.wgmma_fence([*pair[0], *pair[1]])
-        acc = ptx.wgmma_s8(acc, fragments[-4:], descriptor + 2 * s, unsigned=biased)
+        acc = ptx.wgmma_s8(acc, fragments[-4:], descriptor + 2 * s, unsigned=p.config.biased > 0)
     ptx.wgmma_commit()
     acc = ptx.wgmma_wait(acc, fragments)
     _release(p, t, slot)

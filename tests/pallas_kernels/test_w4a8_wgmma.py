@@ -60,6 +60,7 @@ def movmatrix(words):
 def multiply(w, x, base, biased=False):
     """The kernel's steps on 64 channels and all of K -> acc[tokens / 2, warp, lane]."""
     words = np.asarray(to_kernel_layout(w).codes).view(np.uint32)[1]  # channels 64..127
+    expand = layout.expand_biased if biased else layout.expand
     acc = np.zeros((TOKENS // 2, 4, 32), np.int64)
     for chunk in range(words.shape[0]):
         memory = np.zeros(base + 128 * TOKENS, np.int8)
@@ -72,7 +73,7 @@ def multiply(w, x, base, biased=False):
         codes = [tiles[:, 128 * h + 4 * LANES + v] for h in range(2) for v in range(4)]
         for s in range(4):
             words_of_two = codes[2 * s : 2 * s + 2]
-            pair = [layout.expand(word, scales, biased=biased) for word in words_of_two]
+            pair = [expand(word, scales) for word in words_of_two]
             a = np.stack([*pair[0], *pair[1]]).astype(np.uint32)
             b = read_b(memory, descriptor + 2 * s, TOKENS)  # pyright: ignore
             wgmma_m64k32(acc, a, b, np.uint8 if biased else np.int8)

@@ -1,5 +1,7 @@
 """What a warpgroup multiplies, lane by lane: the kernel's formulas against the PTX ISA's maps."""
 
+from typing import Any
+
 import numpy as np
 
 from qserve_jax.pallas_kernels.intrinsics import tensor_cores
@@ -67,7 +69,7 @@ def multiply(w, x, base, biased=False):
         copy_tile(memory, base, x[:, 128 * chunk : 128 * chunk + 128])
         descriptor = tensor_cores.wgmma_descriptor(base)  # pyright: ignore[reportArgumentType]
         tiles = words[chunk]
-        scales = None
+        scales: Any = None
         if tiles.shape[-1] > layout.CODE_WORDS:
             scales = layout.split_scales(tiles[:, layout.CODE_WORDS + G])
         codes = [tiles[:, 128 * h + 4 * LANES + v] for h in range(2) for v in range(4)]

@@ -264,6 +264,18 @@ def sampling_features(params: Sequence[SamplingParams]) -> SamplingFeatures:
     )
 
 
+def join_features(a: SamplingFeatures, b: SamplingFeatures) -> SamplingFeatures:
+    """What either uses."""
+    logprobs = [f.logprobs for f in (a, b) if f.logprobs is not None]
+    return SamplingFeatures(
+        greedy=a.greedy and b.greedy,
+        filters=a.filters or b.filters,
+        penalties=a.penalties or b.penalties,
+        bias=a.bias or b.bias,
+        logprobs=max(logprobs, default=None),
+    )
+
+
 def make_token_counts(
     prompts: Sequence[Sequence[int]],
     outputs: Sequence[Sequence[int]],

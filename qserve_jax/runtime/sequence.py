@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from qserve_jax.runtime.detokenizer import IncrementalDetokenizer
@@ -49,9 +50,15 @@ class StreamOutput:
     finish_reason: str | None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Sequence:
-    """A sample in progress. `seed` makes its random numbers, `limit` bounds its new tokens."""
+    """A sample in progress. `seed` makes its random numbers, `limit` bounds its new tokens.
+
+    tokens are those that the host has seen; calls that run on the device will bring up to `pending`
+    more. Prefill has computed, or will, `computed` of the `goal` tokens that come before decoding.
+    page_keys are those of its first full pages, of which `published` are known to the pool.
+    slot: its place in `decode.Live`. listener: called with each StreamOutput.
+    """
 
     index: int
     sample: int
@@ -61,10 +68,18 @@ class Sequence:
     limit: int
     stop_ids: tuple[int, ...]
     detokenizer: IncrementalDetokenizer
+    listener: Callable[[StreamOutput], None] | None = None
     pages: list[int] = dataclasses.field(default_factory=list)
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    page_keys: list[bytes] = dataclasses.field(default_factory=list)
+    published: int = 0
+    computed: int = 0
+    goal: int = 0
+    pending: int = 0
+    slot: int = -1
     finish_reason: str | None = None
+    error: Exception | None = None
     first_token_time: float = 0.0
     end_time: float = 0.0
 
@@ -74,9 +89,35 @@ class Sequence:
         return len(self.prompt) + self.limit
 
     @property
+    def known(self) -> list[int]:
+        """All tokens that the host has seen."""
+        return self.prompt + self.tokens
+
+    @property
     def cached(self) -> int:
-        """Tokens in the cache after prefill: all but the last, which the next step will append."""
+        """Tokens before the next decode step: all but the last, which that step will append."""
         return len(self.prompt) + max(len(self.tokens) - 1, 0)
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether every token before the next decode step has been computed, or will be."""
+        return self.computed >= self.goal
+
+    @property
+    def steps_left(self) -> int:
+        """Tokens it may still make, beyond those on their way."""
+        return self.limit - len(self.tokens) - self.pending
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more will come."""
+        return self.finish_reason is not None
+
+    def len_after(self, steps: int) -> int:
+        """Most tokens in the cache after the calls on their way and `steps` more tokens; the last
+        token of all is never appended."""
+        made = min(len(self.tokens) + self.pending + steps, self.limit)
+        return len(self.prompt) + max(made - 1, 0)
 
     def append(self, token: int, logprobs: TokenLogprobs | None) -> str:
         """Take a generated token; returns new text that is safe to show."""

@@ -100,6 +100,7 @@ def test_a_later_request_goes_on_from_an_earlier_one(loaded):
 
 def test_sharing_is_off_where_it_would_change_tokens(loaded):
     for attends, share in (("full", False), ("quantized", True)):
-        llm = LLM(loaded, **SETTINGS | {"attends": attends})
+        settings: dict[str, Any] = SETTINGS | {"attends": attends}
+        llm = LLM(loaded, **settings)
         llm.generate([[5] * 40] * 3, SamplingParams(max_tokens=1))
         assert (llm.stats.shared_tokens > 0) == share

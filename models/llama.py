@@ -27,10 +27,11 @@ from qserve_jax.models.layers import (
     split_in_place,
 )
 from qserve_jax.models.rope import apply_rope, rope_frequencies
-from qserve_jax.pallas_kernels import append_kv, paged_attention
+from qserve_jax.pallas_kernels import append_kv, paged_attention, quantized_matmul
 from qserve_jax.pallas_kernels.paged_attention.reference import attend
+from qserve_jax.pallas_kernels.quantize_activation import quantize_activation
 from qserve_jax.quantization.numerics import fake_quantize_kv
-from qserve_jax.quantization.qtensor import Array, KVCache
+from qserve_jax.quantization.qtensor import Array, KVCache, is_quantized
 
 Attention = Callable[[Array, Array, Array, Array, Any], tuple[Array, Any]]
 """(q [B, T, N, H], k [B, T, K, H], v, layer index, state) -> (output [B, T, N, H], state)."""
@@ -204,8 +205,14 @@ def split_heads(qkv: list[Array], config: ModelConfig) -> tuple[Array, Array, Ar
 
 
 def lm_logits(config: ModelConfig, params: Params, x: Array) -> Array:
-    """x [..., D] -> logits f32[..., V] by the head, or by the embedding where they are tied."""
+    """x [..., D] -> logits f32[..., V] by the head, or by the embedding where they are tied.
+
+    A head in 8 bits (`runtime.int8_head`) is an integer matmul, with x quantised per token.
+    """
     head = params["embed" if config.tie_embeddings else "lm_head"]["embedding"]
+    if is_quantized(head):  # W8PerChannel: XLA's int8 dot on every backend
+        x_int8 = quantize_activation(x)
+        return quantized_matmul(x_int8, head, out_dtype=jnp.float32, backend="reference")
     return jnp.einsum(
         "...D,VD->...V", x, head, precision="highest", preferred_element_type=jnp.float32
     )

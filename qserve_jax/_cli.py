@@ -188,8 +188,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="of activations, embeddings and head (default: %(default)s)")
     add("--backend", choices=BACKENDS, default="auto",
         help="of the kernels; auto takes the fastest that can run (default: %(default)s)")
-    add("--attends", choices=("full", "quantized"), default="full",
-        help="K and V of a new token as its own query sees them (default: %(default)s)")
+    add("--attends", choices=("full", "quantized"), default="quantized",
+        help="K and V of new tokens as their own queries see them: as the cache holds them, or in "
+        "full as QServe does (default: %(default)s)")
+    add("--lm-head-bits", type=int, choices=(8, 16), default=16,
+        help="of the output head (default: %(default)s, as in the paper)")
     add("--max-model-len", type=whole_number(2), metavar="N",
         help="longest prompt plus completion, in tokens (default: the model's context)")
     add("--page-size", type=positive, metavar="N", default=64,
@@ -199,6 +202,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "memory goes)")
     add("--max-num-seqs", type=positive, metavar="N",
         help="sequences decoded together (default: all, at most 64)")
+    add("--max-num-batched-tokens", type=whole_number(16), metavar="N", default=8192,
+        help="prompt tokens computed at once; longer prompts are computed in chunks, with decode "
+        "steps between (default: %(default)s)")
+    add("--prefix-caching", action=argparse.BooleanOptionalAction,
+        help="prompts that begin alike share pages (default: where that changes no token: with "
+        "--attends quantized or a 16-bit cache)")
     add("--tensor-parallel-size", type=positive, metavar="N", default=1,
         help="devices to spread the model over; only 1 in this version")
     add("--seed", type=whole_number(0, 2**63 - 1), metavar="N", default=0,
@@ -269,6 +278,9 @@ def make_llm(
         max_num_seqs=args.max_num_seqs or min(num_sequences, 64),
         seed=args.seed,
         attends=args.attends,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        enable_prefix_caching=args.prefix_caching,
+        lm_head_bits=args.lm_head_bits,
         backend=backend,
     )
 

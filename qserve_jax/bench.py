@@ -1,4 +1,6 @@
-"""Measure the kernels on this GPU: `python -m qserve_jax.bench kernels`.
+"""Measure: `python -m qserve_jax.bench kernels|throughput|decode|latency`.
+
+`kernels` times the kernels on this GPU, the others serving; those run anywhere.
 
 stdout holds the table (or CSV, or JSON); progress, problems and errors go to stderr. Exit codes: 0,
 2 for wrong flags, 1 for any other error and for cases that could not be measured, 130 after Ctrl-C.
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from qserve_jax import _cli
 from qserve_jax._cli import UsageError
+from qserve_jax.benchmarks import serving_command
 
 if TYPE_CHECKING:
     from qserve_jax.benchmarks.report import Report
@@ -30,9 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def bench(argv: Sequence[str]) -> None:
-    """Check the flags, measure, print. Raises UsageError before anything runs; RuntimeError where
-    cases could not be measured, after the results of the others are printed."""
+    """Check the flags, measure, print. Raises UsageError before anything runs, then whatever
+    measuring raises."""
     args = build_parser().parse_args(argv)
+    args.run(args)
+
+
+def bench_kernels(args: argparse.Namespace) -> None:
+    """Measure the kernels. Raises ValueError where cases could not be measured, after the results
+    of the others are printed."""
     if not args.debug:
         _cli.quiet_libraries()
     from qserve_jax.benchmarks import plot, report
@@ -55,7 +64,7 @@ def build_parser() -> _cli.Parser:
     """The flags of the command."""
     parser = _cli.Parser(
         prog="python -m qserve_jax.bench",
-        description="Measure the kernels on this GPU, beside XLA's and torch's.",
+        description="Measure the kernels on this GPU beside XLA's and torch's, or serving.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
@@ -86,6 +95,8 @@ def build_parser() -> _cli.Parser:
     add("--quiet", action="store_true", help="only errors and warnings on stderr")
     add("--debug", action="store_true", help="tracebacks, and all JAX has to say")
     # fmt: on
+    kernels.set_defaults(run=bench_kernels)
+    serving_command.add_parsers(commands)
     return parser
 
 

@@ -34,7 +34,7 @@ def no_cache(monkeypatch):
     "flags, line",
     [
         ([], "the following arguments are required: WHAT"),
-        (["decode"], "invalid choice: 'decode' (choose from 'kernels')"),
+        (["train"], "invalid choice: 'train' (choose from 'kernels', 'throughput', 'decode', 'lat"),
         (["kernels", "--shapes", "28672"], "--shapes '28672' is no shape: give NxK, as 28672x4096"),
         (["kernels", "--shapes", "64x64"], "--shapes '64x64': N must be a multiple of 64 and K"),
         (["kernels", "--tokens", "0"], "'0' is not an integer of at least 1: give one"),

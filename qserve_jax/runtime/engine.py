@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qserve_jax.models.llama import CausalLM
-from qserve_jax.quantization.qtensor import KVCache
+from qserve_jax.quantization.qtensor import KVCache, nbytes
 from qserve_jax.runtime.batch import (
     bucket_features,
     chunk_array,
@@ -179,6 +179,11 @@ class Engine:
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         return not (self._arrivals or self.scheduler.waiting or self.scheduler.running)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the paged cache."""
+        return nbytes(self._device_arrays()[0])
 
     def _accept(self) -> None:
         """Take note of who has come and gone."""

@@ -19,6 +19,7 @@ from qserve_jax.runtime.compile_time import clock
 from qserve_jax.runtime.detokenizer import IncrementalDetokenizer
 from qserve_jax.runtime.engine import Engine
 from qserve_jax.runtime.engine_stats import EngineStats, EngineStatus
+from qserve_jax.runtime.int8_head import with_int8_head
 from qserve_jax.runtime.kv_cache import default_num_pages
 from qserve_jax.runtime.page_table import PagePool
 from qserve_jax.runtime.prompts import Prompt, as_prompt_list, encode_prompt
@@ -42,9 +43,10 @@ class LLM:
       computed in chunks, with decode steps between.
     enable_prefix_caching: prompts that begin with the same full pages share them. Default: where
       that changes no token, so not with attends="full" and a quantised cache.
-    attends: "full" or "quantized", what a query sees of the new tokens' K and V
-      (see `pallas_kernels.paged_attention`). With "quantized" a token's arithmetic does not depend
-      on how its prompt was chunked, shared or computed anew.
+    attends: what a query sees of the new tokens' K and V: "quantized" (the default) as the cache
+      holds them, so that a token's arithmetic does not depend on how its prompt was chunked, shared
+      or computed anew; or "full", unquantised, as QServe does (see `paged_attention`).
+    lm_head_bits: 16, or 8 for a head in integers (`int8_head`).
     backend: of the kernels; None takes the first that can run.
 
     Threads may share an LLM: their sequences run in one batch. Raises ValueError (one line) on bad
@@ -65,7 +67,8 @@ class LLM:
         max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
         enable_prefix_caching: bool | None = None,
         seed: int | None = None,
-        attends: str = "full",
+        attends: str = "quantized",
+        lm_head_bits: int = 16,
         backend: str | None = None,
         progress: bool = False,
     ):
@@ -78,6 +81,8 @@ class LLM:
             checked_integer("seed", seed, 0, 2**64 - 1)
         if attends not in ATTENDS:
             raise ValueError(f"attends={attends!r} is unknown: use one of {ATTENDS}")
+        if lm_head_bits not in (8, 16):
+            raise ValueError(f"lm_head_bits={lm_head_bits!r} is not supported: use 8 or 16")
         self.attends = attends
         loaded_here = not isinstance(model, LoadedModel)
         if not isinstance(model, LoadedModel):
@@ -89,6 +94,8 @@ class LLM:
                 backend=backend,
                 progress=progress,
             )
+        if lm_head_bits == 8:
+            model = with_int8_head(model)
         self.config, self.tokenizer = model.config, model.tokenizer
         self.quant_config = model.quant_config
         self.model = model.model if backend is None else model.model.clone(backend=backend)

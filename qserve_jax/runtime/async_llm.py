@@ -45,7 +45,7 @@ class AsyncLLM:
         """As `LLM.generate`. Raises what that raises, and RuntimeError once closed."""
         start = clock()
         sequences = self.llm.sequences(prompts, sampling_params)
-        async with contextlib.aclosing(self._stream(sequences)) as outputs:
+        async with contextlib.aclosing(self._stream(sequences, streams=False)) as outputs:
             async for _ in outputs:
                 pass
         return [sequence.output(start) for sequence in sequences]
@@ -75,7 +75,9 @@ class AsyncLLM:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def _stream(self, sequences: list[Sequence]) -> AsyncGenerator[StreamOutput]:
+    async def _stream(
+        self, sequences: list[Sequence], *, streams: bool = True
+    ) -> AsyncGenerator[StreamOutput]:
         if self._closed:
             raise RuntimeError("the AsyncLLM was closed: make another one")
         loop, events = asyncio.get_running_loop(), Events()
@@ -84,7 +86,7 @@ class AsyncLLM:
             tell(loop, events, output)
 
         for sequence in sequences:
-            sequence.listener = listener
+            sequence.listener, sequence.streams = listener, streams
             self._open[sequence] = loop, events
         unfinished = len(sequences)
         try:

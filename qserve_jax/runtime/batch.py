@@ -8,17 +8,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qserve_jax.runtime.decode import DecodeState
 from qserve_jax.runtime.sampling import (
     SamplingFeatures,
-    make_sampling_state,
     make_token_counts,
+    sampling_arrays,
 )
 from qserve_jax.runtime.sampling_params import MAX_LOGPROBS
 from qserve_jax.runtime.sequence import Sequence
@@ -45,9 +43,9 @@ def pad_rows(rows: Seq[Seq[int]], count: int, width: int, fill: int) -> np.ndarr
     return padded
 
 
-def pad_column(values: Seq[int], count: int) -> jax.Array:
-    """i32[count], zeros behind the values."""
-    return jnp.asarray(list(values) + [0] * (count - len(values)), jnp.int32)
+def pad_column(values: Seq[int], count: int, fill: int = 0) -> np.ndarray:
+    """i32[count], `fill` behind the values."""
+    return np.array([*values, *[fill] * (count - len(values))], np.int32)
 
 
 def prompt_bucket(length: int) -> int:
@@ -85,14 +83,12 @@ def pages_bucket(batch: Iterable[Sequence], page_size: int) -> int:
 def device_state(
     batch: Seq[Sequence], *, rows: int, columns: int, lens: Seq[int], vocab_size: int | None = None
 ) -> DecodeState:
-    """The batch's state as the host knows it, padded to `rows` rows and `columns` pages.
+    """The batch's state as the host knows it, in numpy arrays (one transfer takes them all to the
+    device), padded to `rows` rows and `columns` pages.
 
     lens: tokens of each in the cache. vocab_size: of the token counts, None for no counts.
     """
     stops = power_of_two(max(len(s.stop_ids) for s in batch), MIN_STOPS_BUCKET)
-    sampling, _ = make_sampling_state(
-        [s.params for s in batch], [s.seed for s in batch], pad_to=rows
-    )
     counts = None
     if vocab_size is not None:
         counts = make_token_counts(
@@ -101,18 +97,13 @@ def device_state(
             vocab_size=vocab_size,
             pad_to=rows,
         )
-    return DecodeState(
-        tokens=pad_column([s.tokens[-1] if s.tokens else 0 for s in batch], rows),
-        context_lens=pad_column(lens, rows),
-        remaining=pad_column([s.limit - len(s.tokens) for s in batch], rows),
-        block_table=jnp.asarray(pad_rows([s.pages for s in batch], rows, columns, -1)),
-        rope_lens=pad_column([s.total_len for s in batch], rows),
-        stop_ids=jnp.asarray(pad_rows([s.stop_ids for s in batch], rows, stops, -1)),
-        sampling=sampling,
-        counts=counts,
-    )
-
-
-def slot_array(batch: Seq[Sequence], rows: int, num_slots: int) -> jax.Array:
-    """The rows' places in `Live`, i32[rows]; padding goes to the last, which nobody has."""
-    return jnp.asarray([s.slot for s in batch] + [num_slots] * (rows - len(batch)), jnp.int32)
+    fields: dict[str, Any] = {
+        "tokens": pad_column([s.tokens[-1] if s.tokens else 0 for s in batch], rows),
+        "context_lens": pad_column(lens, rows),
+        "remaining": pad_column([s.limit - len(s.tokens) for s in batch], rows),
+        "block_table": pad_rows([s.pages for s in batch], rows, columns, -1),
+        "rope_lens": pad_column([s.total_len for s in batch], rows),
+        "stop_ids": pad_rows([s.stop_ids for s in batch], rows, stops, -1),
+    }
+    sampling = sampling_arrays([s.params for s in batch], [s.seed for s in batch], pad_to=rows)
+    return DecodeState(**fields, sampling=sampling, counts=counts)

@@ -18,7 +18,6 @@ from collections.abc import Sequence as Seq
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qserve_jax.models.llama import CausalLM
@@ -31,7 +30,6 @@ from qserve_jax.runtime.batch import (
     pad_rows,
     pages_bucket,
     row_bucket,
-    slot_array,
 )
 from qserve_jax.runtime.compile_time import clock
 from qserve_jax.runtime.decode import DecodeState
@@ -60,10 +58,10 @@ log = logging.getLogger("qserve_jax.engine")
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A call on its way: its rows, the most tokens that each brings, and where they will be."""
+    """A call on its way: its rows, the least and most tokens of each, and where they will be."""
 
     batch: list[Sequence]
-    promised: list[int]
+    promised: list[tuple[int, int]]
     out: SampleOutput
     is_prefill: bool
     launched: float
@@ -260,10 +258,10 @@ class Engine:
             lens=[c.end for c in chunks],
             vocab_size=self.model.config.vocab_size if self._features.penalties else None,
         )
-        promised = [int(c.samples) for c in chunks]
+        promised = [(int(c.samples), int(c.samples)) for c in chunks]
         out = self._call(
             self._prefill,
-            slot_array(batch, rows, self.max_num_seqs),
+            pad_column([s.slot for s in batch], rows, self.max_num_seqs),
             tokens,
             state,
             None if fresh else pad_column([c.end - c.start for c in chunks], rows),
@@ -277,18 +275,17 @@ class Engine:
         launched, batch = clock(), plan.decoding
         rows = self._rows = row_bucket(len(batch), self._rows)
         slots, state = self._decode_arrays(batch, rows)
+        yields = bool(self.scheduler.waiting)  # as soon as somebody's place is free
         out = self._call(
             self._decode,
             slots,
             state,
             plan.steps,
-            bool(self.scheduler.waiting),
+            yields,
             features=self._features,
             max_steps=MAX_DECODE_STEPS,
         )
-        promised = [min(plan.steps, s.steps_left) for s in batch]
-        for sequence, count in zip(batch, promised, strict=True):
-            sequence.pending += count
+        promised = [s.promise(1 if yields else plan.steps, plan.steps) for s in batch]
         self._calls.append(Call(batch, promised, out, False, launched))
 
     def _decode_arrays(self, batch: list[Sequence], rows: int) -> tuple[jax.Array, DecodeState]:
@@ -296,10 +293,11 @@ class Engine:
         if self._decoding is not None and self._decoding[0] == batch:
             _, slots, state = self._decoding
             table = pad_rows([s.pages for s in batch], rows, self._columns, -1)
-            state = dataclasses.replace(state, block_table=jnp.asarray(table))
+            state = dataclasses.replace(state, block_table=jax.device_put(table))
         else:
-            slots = slot_array(batch, rows, self.max_num_seqs)
+            slots = pad_column([s.slot for s in batch], rows, self.max_num_seqs)
             state = device_state(batch, rows=rows, columns=self._columns, lens=[0] * len(batch))
+            slots, state = jax.device_put((slots, state))
         self._decoding = batch, slots, state
         return slots, state
 
@@ -321,7 +319,7 @@ class Engine:
         made = (out.tokens >= 0).sum(axis=1)[: len(call.batch)]
         self._count(call, seconds, made)
         for row, (sequence, promised) in enumerate(zip(call.batch, call.promised, strict=True)):
-            sequence.pending -= promised
+            sequence.redeem(promised)
             if made[row] and not sequence.done:
                 self._take(sequence, out, row, int(made[row]), now)
 
@@ -344,13 +342,13 @@ class Engine:
     def _take(self, sequence: Sequence, out: Any, row: int, count: int, now: float) -> None:
         """Move `count` tokens of a SampleOutput's row to the sequence, up to where it ends."""
         first, text = len(sequence.tokens), ""
+        tokens, finite = out.tokens[row].tolist(), out.finite[row].tolist()
         for step in range(count):
-            if not out.finite[row, step]:
+            if not finite[step]:
                 sequence.error = not_finite(sequence, self.params["embed"]["embedding"].dtype)
                 sequence.finish_reason = "error"
                 break
-            logprobs = take_logprobs(out, row, step, sequence.params)
-            text += sequence.append(int(out.tokens[row, step]), logprobs)
+            text += sequence.append(tokens[step], take_logprobs(out, row, step, sequence.params))
             if sequence.done:  # a stop string ends before the device does
                 break
         sequence.first_token_time = sequence.first_token_time or now
@@ -360,7 +358,7 @@ class Engine:
         self.scheduler.share_generated(sequence)
         if sequence.done:
             self.scheduler.drop(sequence)
-        if sequence.listener is not None:
+        if sequence.listener is not None and (sequence.streams or sequence.done):
             reason = sequence.finish_reason
             sequence.listener(StreamOutput(sequence.index, sequence.sample, text, new, reason))
 

@@ -182,7 +182,7 @@ class LLM:
     def _stream(self, sequences: list[Sequence]) -> Generator[StreamOutput]:
         outputs: deque[StreamOutput] = deque()
         for sequence in sequences:
-            sequence.listener = outputs.append
+            sequence.listener, sequence.streams = outputs.append, True
         unfinished = len(sequences)
         try:
             self.engine.add(sequences)

@@ -138,7 +138,7 @@ class Scheduler:
         samples = end == sequence.goal and not sequence.tokens
         chunks.append(Chunk(sequence, start, end, samples))
         sequence.computed = end
-        sequence.pending += samples
+        sequence.promise(samples, samples)
         # Before the call that fills the pages: others of the same call may share them, because in
         # each layer the tokens of all rows are appended before any row reads.
         self._publish(sequence, end)
@@ -194,7 +194,7 @@ class Scheduler:
     def preempt_all(self) -> None:
         """Everyone waits again, in order: what the device had is lost."""
         for sequence in reversed(list(self.running)):
-            sequence.pending = 0
+            sequence.pending = sequence.sure = 0
             self._preempt(sequence)
 
     def drop(self, sequence: Sequence) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qserve_jax import QuantConfig, bench
+from qserve_jax import LLM, QuantConfig, SamplingParams, bench
 from qserve_jax.benchmarks import model_shapes, plot, serving, serving_command, serving_report
 from qserve_jax.benchmarks.dummy import dummy_model
 from qserve_jax.models import ModelConfig, param_shapes
@@ -129,6 +129,26 @@ def test_what_does_not_fit_is_a_row(monkeypatch, capsys):
     cells = dict(zip(header.split(","), row.split(","), strict=True))
     assert cells["tokens_per_s"] == ""
     assert cells["problem"] == "does not fit: RESOURCE_EXHAUSTED: 9 GiB"
+
+
+def test_places_are_given_away_at_once_and_a_call_is_always_on_its_way(monkeypatch):
+    """40 requests of random lengths in 8 places: few decode steps with an idle place; and the host
+    looks at a decode call only after it has launched the next one, while there is one."""
+    llm = LLM(dummy_model(TINY, QuantConfig()), max_num_seqs=8, num_pages=64, page_size=16)
+    lengths = np.random.default_rng(0).integers(1, 40, 40).tolist()
+    process, alone = llm.engine._process, []
+
+    def watched(call):
+        more = any(s.steps_left > 0 for s in llm.engine.scheduler.running)
+        alone.append(more and not llm.engine._calls)
+        process(call)
+
+    monkeypatch.setattr(llm.engine, "_process", watched)
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in lengths]
+    outputs = llm.generate([[i] * 5 for i in range(40)], params)
+    assert [len(o.token_ids) for o in outputs] == lengths
+    assert llm.stats.decode_steps <= 1.25 * sum(lengths) / 8 + 20
+    assert not any(alone) and len(alone) > 40
 
 
 @pytest.mark.parametrize(

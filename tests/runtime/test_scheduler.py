@@ -29,7 +29,7 @@ def run(scheduler, plan):
     """What a device would bring: a token for each chunk that samples, then for each step."""
     for chunk in plan.chunks:
         if chunk.samples:
-            chunk.sequence.pending -= 1
+            chunk.sequence.redeem((1, 1))
             chunk.sequence.append(7, None)
     for s in plan.decoding:
         for _ in range(min(plan.steps, s.steps_left)):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterable
 
 from qserve_jax.runtime.batch import power_of_two, prompt_bucket
 from qserve_jax.runtime.page_table import PagePool, page_keys
@@ -205,7 +204,3 @@ class Scheduler:
             self._return_pages(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-
-    def extend(self, sequences: Iterable[Sequence]) -> None:
-        """Sequences that wait, after those that wait already."""
-        self.waiting.extend(sequences)

@@ -60,8 +60,8 @@ def test_batching_check(script, monkeypatch):
     assert tight["tokens"] == roomy["tokens"]
     assert tight["compiled_s"] == 0 and tight["pages_free"]
     prefixes = check.prefixes(loaded, prefix=128, suffix=2)
-    # Tokens are compared in test_consistency.py, on the trained demo: this random model's logits lie
-    # so near each other that prefill calls of other shapes (256 and 16 tokens) change some.
+    # Tokens are compared in test_consistency.py, on the trained demo: this random model's logits
+    # lie so near each other that prefill calls of other shapes (256 and 16 tokens) change some.
     assert prefixes["prefilled"] == [64 * 130, 130 + 63 * 2] and prefixes["times_fewer"] > 20
 
 

@@ -30,8 +30,7 @@ def make_questions(stories: list[str], seed: int = 0) -> list[Question]:
         follows = [s[where(s)] for s in cut]
         for i, story in enumerate(cut):
             before = " ".join(" ".join(story[: where(story)]).split()[-WORDS:])
-            others = [j for j in range(len(cut)) if follows[j] != follows[i]]
-            wrong = [follows[j] for j in rng.choice(others, 3, replace=False)]
+            wrong = rng.choice(sorted(set(follows) - {follows[i]}), 3, replace=False).tolist()
             answer = int(rng.integers(4))
             choices = [*wrong[:answer], follows[i], *wrong[answer:]]
             questions.append(Question(before, tuple(choices), answer))
@@ -39,8 +38,8 @@ def make_questions(stories: list[str], seed: int = 0) -> list[Question]:
 
 
 def sentences(story: str) -> list[str]:
-    """Split behind . ! ? and a closing quotation mark, at white space."""
-    return [s.strip() for s in re.split(r"(?<=[.!?])\s+|(?<=[.!?][\"”])\s+", story) if s.strip()]
+    """Split at the white space behind . ! ? and a closing quotation mark, before a capital."""
+    return re.split(r"(?:(?<=[.!?])|(?<=[.!?][\"”]))\s+(?=[\"“A-Z])", story.strip())
 
 
 def write_questions(path: Path, questions: list[Question]) -> None:

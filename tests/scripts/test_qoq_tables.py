@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,7 @@ def test_questions_ask_for_the_sentence_that_follows(scripts, tmp_path):
     assert {q.answer for q in scripts.make_endings.make_questions(stories * 8)} == {0, 1, 2, 3}
 
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 32,
     "hidden_size": 32,
     "intermediate_size": 64,

@@ -5,8 +5,8 @@
 `qoq_tables.py outliers --data DIR`: function-preserving outliers put into the model
   (qserve_jax/quantization/transforms/outliers.py), then float, other formats, round to nearest,
   each transform alone and the recipes, as docs/results/qoq_outliers.{json,md}.
-Single tables of the latter by name. Tables that the same commit made are kept: a stopped run goes
-on where it was.
+Single tables of the latter by name. `outliers` keeps the tables that are there, so that a stopped
+run goes on where it was; what is named is made anew. Each table says which commit made it.
 
 Perplexity on all the held-out stories that scripts/train_demo.py never looked at, calibrated on
 stories that it trained on. Residual outliers, and all together, are put into the model of
@@ -77,7 +77,8 @@ def ablation_recipes() -> dict[str, Recipe]:
 
 
 def singles(base: Recipe) -> dict[str, Recipe]:
-    """Round to nearest and each transform alone; reordering changes nothing per channel."""
+    """Round to nearest and each transform alone; reordering is for groups, clip search for the
+    rest."""
     grouped = base.quant.group_size == 128
     kind = "g128" if grouped else "per channel"
     changes = {
@@ -85,7 +86,11 @@ def singles(base: Recipe) -> dict[str, Recipe]:
         "SmoothAttention 0.5, RTN": {"smooth_keys": 0.5},
         "SmoothAttention search, RTN": {"smooth_keys": "search"},
         "output smoothing, RTN": {"smooth_outputs": 0.05},
-        **({"reordering, RTN": {"reorder": True}} if grouped else {}),
+        **(
+            {"reordering, RTN": {"reorder": True}}
+            if grouped
+            else {"clip search, RTN": {"clip": True}}
+        ),
         "GPTQ": {"gptq": True},
     }
     rows = {f"{name} {kind}": base.without(**change) for name, change in changes.items()}
@@ -97,7 +102,10 @@ GPTQ = {
     "GPTQ per channel": CHANNELS.without(gptq=True),
     "GPTQ g128": GROUPS.without(gptq=True),
 }
-ROTATED_GPTQ = {f"rotation, {name}": recipe.without(rotate=True) for name, recipe in GPTQ.items()}
+ROTATED = {
+    "rotation and clip search, RTN per channel": CHANNELS.without(rotate=True, clip=True),
+    **{f"rotation, {name}": recipe.without(rotate=True) for name, recipe in GPTQ.items()},
+}
 KV4 = Recipe(quant=dataclasses.replace(QuantConfig.preset("w4a16kv4"), weight_bits=16))
 KV4_ROWS = {
     "KV4": KV4,
@@ -135,7 +143,7 @@ TABLES = {
     "residual": Table(
         "(b) residual outliers, the massive direction on channel 0 (all norms are folded)",
         ("residual",),
-        YARDSTICKS | RTN | singles(CHANNELS) | GPTQ | ROTATED_GPTQ | QOQ,
+        YARDSTICKS | RTN | singles(CHANNELS) | GPTQ | ROTATED | QOQ,
         massive=True,
     ),
     "kv4": Table(
@@ -222,40 +230,48 @@ def asking(bench: Bench, data: Path) -> Bench:
 
 
 def begin(path: Path, title: str, args: argparse.Namespace) -> dict[str, Any]:
-    """What the same commit has written to `path`, or a new beginning."""
+    """What `path` has of the same texts, or a new beginning."""
     note = (
         f"{args.tokens or 'All'} held-out tokens in windows of 512, every query reading the "
         f"quantised K and V; {args.batches * 8 * 512} calibration tokens. ± is one standard error; "
         "Δ and agreement are against float in the same table, paired window by window."
     )
-    content = {"title": title, "note": note, **provenance(), "tables": {}, "bars": []}
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
-        if all(old.get(key) == content[key] for key in ("commit", "note", "title")):
+        if old["note"] == note:
             return old
-    return content
+    return {"title": title, "note": note, "tables": {}}
 
 
-def ablation(bench: Bench, args: argparse.Namespace) -> None:
+def add_table(content: dict[str, Any], name: str, title: str, rows: Any, origin: Any) -> None:
+    """In the order of TABLES."""
+    tables = content["tables"] | {name: {"title": title, **origin, "rows": rows}}
+    content["tables"] = {key: tables[key] for key in ("ablation", *TABLES) if key in tables}
+
+
+def ablation(bench: Bench, args: argparse.Namespace, origin: Any) -> None:
     path = args.output / "qoq_ablation.json"
     content = begin(path, "Ablation on the demo model", args)
     rows = bench.rows(bench.loaded.params, ablation_recipes())
-    content["tables"]["ablation"] = {"title": "in the published order", "rows": rows}
+    add_table(content, "ablation", "in the published order", rows, origin)
     save(path, content)
     if not plot_ablation(rows, path.with_suffix(".png")):
         print("no plot: install matplotlib for one")
 
 
-def outliers(bench: Bench, massive: Callable[[], Bench], args: argparse.Namespace) -> None:
+def outliers(
+    bench: Bench, massive: Callable[[], Bench], args: argparse.Namespace, origin: Any
+) -> None:
     path = args.output / "qoq_outliers.json"
     content = begin(path, "Outliers, W4A8KV4", args)
     for name, table in TABLES.items():
-        if name in content["tables"] or not {name, "outliers"} & set(args.tables):
+        wanted = "outliers" in args.tables and name not in content["tables"]
+        if not (wanted or name in args.tables):
             continue
         print(f"{name}: {table.title}", flush=True)
         chosen = massive() if table.massive else bench
         rows = outlier_rows(asking(chosen, args.data) if table.asks else chosen, table)
-        content["tables"][name] = {"title": table.title, "rows": rows}
+        add_table(content, name, table.title, rows, origin)
         save(path, content)
 
 
@@ -274,11 +290,12 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.tables) - set(choices):
         parser.error(f"table {min(unknown)!r} is unknown: use some of {', '.join(choices)}")
+    origin = provenance()  # before results make the checkout dirty
     bench, massive = make_benches(args)
     if "ablation" in args.tables:
-        ablation(bench, args)
+        ablation(bench, args, origin)
     if set(args.tables) - {"ablation"}:
-        outliers(bench, massive, args)
+        outliers(bench, massive, args, origin)
 
 
 if __name__ == "__main__":

@@ -90,8 +90,10 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """The whole file: note, bars, tables."""
+    """The whole file: note, plot, bars, tables."""
     parts = [f"# {content['title']}", content["note"]]
+    if "plot" in content:
+        parts.append(f"![{content['title']}]({content['plot']})")
     if content["bars"]:
         lines = ["| bar | measured | |", "|---|---|---|"]
         for bar in content["bars"]:
@@ -127,7 +129,7 @@ def plot_ablation(rows: list[dict[str, Any]], path: Path) -> bool:
         xerr=[row["loss_change_standard_error"] for row in steps],
         color="#7a9cc6",
     )
-    ax.set_xlabel("loss above float, nats per token (± 1 standard error, paired)")
+    ax.set_xlabel("nats per token above float, ± standard error")
     ax.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=80)
     return True

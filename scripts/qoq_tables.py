@@ -251,12 +251,15 @@ def add_table(content: dict[str, Any], name: str, title: str, rows: Any, origin:
 
 def ablation(bench: Bench, args: argparse.Namespace, origin: Any) -> None:
     path = args.output / "qoq_ablation.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     content = begin(path, "Ablation on the demo model", args)
     rows = bench.rows(bench.loaded.params, ablation_recipes())
     add_table(content, "ablation", "in the published order", rows, origin)
-    save(path, content)
-    if not plot_ablation(rows, path.with_suffix(".png")):
+    if plot_ablation(rows, picture := path.with_suffix(".png")):
+        content["plot"] = picture.name
+    else:
         print("no plot: install matplotlib for one")
+    save(path, content)
 
 
 def outliers(
@@ -283,7 +286,12 @@ def main() -> None:
     add = parser.add_argument
     add("tables", nargs="*", default=["ablation", "outliers"], help=f"of {', '.join(choices)}")
     add("--data", type=Path, required=True, help="folder with the two excerpts")
-    add("--massive", type=Path, default=Path("massive"), help="folder of make_massive.py's model")
+    add(
+        "--massive",
+        type=Path,
+        default=ROOT / ".cache/massive",
+        help="folder of make_massive.py's model",
+    )
     add("--output", type=Path, default=ROOT / "docs/results")
     add("--tokens", type=int, default=None, help="held-out tokens, default all")
     add("--batches", type=int, default=4, help="of 8 x 512 calibration tokens")

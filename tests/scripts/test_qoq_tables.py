@@ -46,6 +46,15 @@ def test_recorded_tables_are_those_of_their_json(scripts, recorded):
         assert re.fullmatch("[0-9a-f]{40}", table["commit"])  # of a clean tree
 
 
+MISSED = {"residual: rotation, RTN per channel / GPTQ per channel without outliers ≤ 1.03"}
+"""docs/architecture.md says why."""
+
+
+def test_recorded_bars_are_met_but_for_those_the_documents_name():
+    content = json.loads((RESULTS / "qoq_outliers.json").read_text())
+    assert {bar["bar"] for bar in content["bars"] if not bar["met"]} == MISSED
+
+
 def test_recorded_tables_are_of_all_held_out_text(recorded):
     rows = [row for table in recorded[1]["tables"].values() for row in table["rows"]]
     assert {(row["num_windows"], row["num_tokens"]) for row in rows} == {(37, 18_900)}

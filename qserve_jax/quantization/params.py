@@ -61,6 +61,7 @@ class Plan:
     reason: str = ""
     fallback: bool = False
     scale_dtype: str = "float32"
+    round_level_one: bool = False
 
 
 def plan(
@@ -97,7 +98,8 @@ def plan(
     if k % group_size:
         reason = f"K={k} is not a multiple of group_size={group_size}"
         return made("w4 per-channel", reason=reason, fallback=True)
-    return made("w4 per-group", group_size=group_size)
+    rounded = config.round_level_one
+    return made("w4 per-group", group_size=group_size, round_level_one=rounded)
 
 
 def _source(path: str, shape: tuple[int, ...], dtype: Any, rule: Rule) -> Source:
@@ -238,7 +240,8 @@ def _quantize(w: Array, leaf_plan: Plan) -> QuantizedWeight:
     if leaf_plan.scheme == "w4 per-channel":
         codes, scale, scaled_zero = quantize_per_channel(w, leaf_plan.scale_dtype)
         return W4PerChannel(pack_nibbles(codes), scale, scaled_zero, source)
-    codes, scale, group_scale, offset = quantize_progressive(w, group_size, leaf_plan.scale_dtype)
+    options = leaf_plan.scale_dtype, leaf_plan.round_level_one
+    codes, scale, group_scale, offset = quantize_progressive(w, group_size, *options)
     return W4PerGroup(pack_nibbles(codes), scale, group_scale, offset, group_size, source)
 
 

@@ -104,7 +104,8 @@ def _per_channel(w: Array, hessian: Array, *, plan: Plan, gptq: bool, clip: bool
 def _per_group(w: Array, hessian: Array, *, plan: Plan, gptq: bool, clip: bool) -> W4PerGroup:
     if not gptq:
         return _rounded_per_group(w, plan)
-    u, channel_scale, scale, zero = progressive_grid(w, plan.group_size, plan.scale_dtype)
+    options = plan.group_size, plan.scale_dtype, plan.round_level_one
+    u, channel_scale, scale, zero = progressive_grid(w, *options)
     codes = gptq_codes(u, hessian, scale, zero, bound=PROTECTIVE_RANGE)
     offset = (-zero * scale).astype(jnp.int8)
     assert plan.source is not None
@@ -119,7 +120,8 @@ def _per_group(w: Array, hessian: Array, *, plan: Plan, gptq: bool, clip: bool) 
 
 
 def _rounded_per_group(w: Array, plan: Plan) -> W4PerGroup:
-    codes, channel_scale, scale, offset = quantize_progressive(w, plan.group_size, plan.scale_dtype)
+    options = plan.group_size, plan.scale_dtype, plan.round_level_one
+    codes, channel_scale, scale, offset = quantize_progressive(w, *options)
     assert plan.source is not None
     packed = pack_nibbles(codes)
     return W4PerGroup(packed, channel_scale, scale, offset, plan.group_size, plan.source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,11 @@ class TensorSpec:
     dtype: str
     shape: tuple[int, ...]
     stored: torch_file.StoredTensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensor in the file."""
+        return math.prod(self.shape) * np.dtype(NUMPY_DTYPES[self.dtype]).itemsize
 
 
 def read_json(file: Path) -> dict[str, Any]:

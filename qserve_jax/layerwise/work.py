@@ -106,7 +106,9 @@ def _finished(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]
         content = read_json(folder / REPORT)
         found, parts = dict(content["settings"]), list(content["parts"])
     except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{folder / REPORT} is damaged: give --restart to begin anew") from None
+        raise CheckpointError(
+            f"{folder / REPORT} is damaged: give --restart to begin anew"
+        ) from None
     wanted = json.loads(json.dumps(settings))
     differing = [
         f"{key} is {brief(wanted.get(key))}, was {brief(found.get(key))}"

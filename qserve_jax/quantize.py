@@ -221,7 +221,7 @@ def calibration_tokens(args: argparse.Namespace, source: CheckpointSource, text:
 def as_text(report: dict[str, Any]) -> str:
     """The report in a few lines."""
     before, after, peak = (
-        f"{report[key] / 2**30:.2f} GiB" for key in ("bytes_before", "bytes_after", "peak_bytes")
+        f"{report[key] / 2**20:,.1f} MiB" for key in ("bytes_before", "bytes_after", "peak_bytes")
     )
     lines = [f"{report['recipe']}: {report['output']}, {before} -> {after}"]
     errors = {

@@ -41,7 +41,7 @@ def quantize_layer(
     hessians = {} if stats is None else stats.hessian
     report: dict[str, Any] = {}
     if calibrator is not None:
-        error = calibrator.output_error(layer, quantized, recipe.quant.kv_bits)
+        error = calibrator.output_error(layer, quantized, recipe.quant)
         report["output_error"] = float(error)
     report["projections"] = _projection_errors(moved, quantized, hessians)
     return quantized, report

@@ -25,7 +25,6 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
-import qserve_jax
 from qserve_jax.checkpoint.atomic import check_free
 from qserve_jax.checkpoint.load import quantized_shapes
 from qserve_jax.checkpoint.native import native_config, native_tensors
@@ -34,10 +33,11 @@ from qserve_jax.layerwise.source import Source, layer_targets, top_targets
 from qserve_jax.layerwise.work import Work, open_work
 from qserve_jax.models.config import ModelConfig
 from qserve_jax.models.layer_calibration import LayerCalibrator
-from qserve_jax.models.llama import CausalLM
 from qserve_jax.quantization.recipes import Recipe
 from qserve_jax.quantization.transforms import hadamard_rotation
 
+PROCEDURE = 1
+"""Raised where this package makes other bytes of the same settings, so that no run mixes them."""
 BATCH_TOKENS = 4096
 """Calibration tokens that go through a layer at once."""
 
@@ -111,7 +111,8 @@ def _settings(
         "model": source.fingerprint,
         "recipe": dataclasses.asdict(recipe),
         "calibration": calibration,
-        "versions": {"qserve_jax": qserve_jax.__version__, "jax": jax.__version__},
+        "procedure": PROCEDURE,
+        "jax": jax.__version__,
         "device": jax.local_devices()[0].device_kind,
     }
 
@@ -134,7 +135,7 @@ def _make_parts(
     calibrator = None
     if tokens is not None and len(work.parts) < work.num_parts:
         hidden = _first_hidden(source, tokens, basis, dtype)
-        calibrator = LayerCalibrator(CausalLM(config, backend="reference"), hidden)
+        calibrator = LayerCalibrator(config, hidden)
     done = len(work.parts) - 1
     options = {"unit": "layer", "disable": not progress}
     for i in tqdm(range(config.num_layers), "Quantizing layers", **options):

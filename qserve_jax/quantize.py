@@ -103,7 +103,7 @@ def build_parser() -> _cli.Parser:
         help="tokens per window, at most the model's context (default: %(default)s)")
     add("--seed", type=_cli.whole_number(0, 2**63 - 1), metavar="N", default=42,
         help="which windows (default: %(default)s)")
-    add("--calib-dtype", choices=_cli.DTYPES, default="bfloat16",
+    add("--calib-dtype", choices=_cli.DTYPES, default="float32",
         help="of the activations; weights are always quantised in float32 (default: %(default)s)")
     add = parser.add_argument_group("messages").add_argument
     add("--report", choices=("text", "json"), default="text",

@@ -48,7 +48,7 @@ def quantize_checkpoint(
     recipe: Recipe,
     tokens: np.ndarray | None,
     *,
-    dtype: str = "bfloat16",
+    dtype: str = "float32",
     restart: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:

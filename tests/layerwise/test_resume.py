@@ -1,0 +1,125 @@
+"""A run that is stopped anywhere and started again makes the same bytes, or says why not."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qserve_jax.checkpoint import CheckpointError, load_model
+from qserve_jax.layerwise import open_source, quantize_checkpoint, run
+from qserve_jax.layerwise.work import REPORT, open_work
+from qserve_jax.quantization.recipes import find_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_goes_on_where_it_stopped(tiny, quantized, tmp_path, monkeypatch, contents):
+    """Each part is made once, although the run stops after every one of them."""
+    made, quantize_layer = [], run.quantize_layer
+
+    def once(config, layer, calibrator, recipe):
+        if made and made[-1] == "stop":
+            raise KeyboardInterrupt
+        made.extend([calibrator.layer, "stop"])
+        return quantize_layer(config, layer, calibrator, recipe)
+
+    monkeypatch.setattr(run, "quantize_layer", once)
+    output = tmp_path / "out"
+    while not output.exists():
+        made and made.pop()
+        try:
+            recipe, source = find_recipe("qoq-g128"), open_source(tiny.folder)
+            quantize_checkpoint(output, source, recipe, tiny.tokens)
+        except KeyboardInterrupt:
+            with pytest.raises(CheckpointError, match="run the command that writes it again"):
+                load_model(output)
+            with pytest.raises(CheckpointError, match="was not written to its end"):
+                load_model(f"{output}.partial")
+    assert made == [0, 1, 2, "stop"]
+    assert contents(output) == contents(quantized[0])
+
+
+def test_other_settings_are_refused_and_restart_forgets(tmp_path):
+    output = tmp_path / "out"
+    with open_work(output, 3, {"seed": 1, "recipe": {"gptq": True}}) as work:
+        work.add({}, {"part": "tables"})
+    with pytest.raises(CheckpointError, match="was begun otherwise .seed is 2, was 1.*--restart"):
+        with open_work(output, 3, {"seed": 2, "recipe": {"gptq": True}}):
+            pass
+    with open_work(output, 3, {"seed": 1, "recipe": {"gptq": True}}) as work:
+        assert work.parts == [{"part": "tables"}]
+        with pytest.raises(CheckpointError, match="another run is writing"):
+            with open_work(output, 3, {"seed": 1}):
+                pass
+    with open_work(output, 3, {"seed": 2}, restart=True) as work:
+        assert work.parts == [] and not any(work.folder.iterdir())
+    (tmp_path / "out.partial" / REPORT).write_text("{")
+    with pytest.raises(CheckpointError, match="is damaged: give --restart"):
+        with open_work(output, 3, {}):
+            pass
+
+
+def test_an_output_that_exists_is_left_alone(quantized, tiny):
+    recipe, source = find_recipe("rtn"), open_source(tiny.folder)
+    with pytest.raises(CheckpointError, match="exists already"):
+        quantize_checkpoint(quantized[0], source, recipe, None)
+
+
+def test_the_fingerprint_knows_the_weights(tiny):
+    before = open_source(tiny.folder).fingerprint
+    weights = tiny.folder / "model.safetensors"
+    stat = weights.stat()
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    changed = open_source(tiny.folder).fingerprint
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert before != changed and before == open_source(tiny.folder).fingerprint
+
+
+RUN = """
+import sys
+import numpy as np
+from pathlib import Path
+from qserve_jax.layerwise import open_source, quantize_checkpoint
+from qserve_jax.quantization.recipes import find_recipe
+tokens = np.random.default_rng(0).integers(0, 64, (8, 64)).astype(np.int32)
+recipe, source = find_recipe("qoq-g128"), open_source(sys.argv[1])
+quantize_checkpoint(Path(sys.argv[2]), source, recipe, tokens)
+"""
+
+
+def start(tiny, output) -> subprocess.Popen:
+    command = [sys.executable, "-c", RUN, str(tiny.folder), str(output)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize(
+    "kills", [pytest.param(2, id="few"), pytest.param(20, id="many", marks=pytest.mark.slow)]
+)
+def test_kills_at_random_points_change_no_byte(tiny, quantized, tmp_path, contents, kills):
+    """SIGKILL while the folder is being written: each process may live a little longer."""
+    output, rng, killed, part = tmp_path / "out", random.Random(kills), 0, tmp_path / "out.partial"
+    seen = set()
+    while not output.exists():
+        process = start(tiny, output)
+        before = time.monotonic()
+        while process.poll() is None and not part.exists():
+            assert time.monotonic() < before + 300
+            time.sleep(0.01)
+        if killed < kills:
+            wait = rng.uniform(0, 12 / kills) if killed else 0.05
+            try:
+                process.wait(wait + (4 if seen else 0) * (killed > 0))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                killed += 1
+        error = process.communicate()[1].decode()
+        assert process.returncode in (0, -signal.SIGKILL), error
+        if part.exists():
+            seen.add(tuple(sorted(contents(part))))
+    assert killed == kills and len(seen) > 1
+    assert contents(output) == contents(quantized[0])

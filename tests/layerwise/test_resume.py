@@ -97,29 +97,46 @@ def start(tiny, output) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize(
-    "kills", [pytest.param(2, id="few"), pytest.param(20, id="many", marks=pytest.mark.slow)]
-)
-def test_kills_at_random_points_change_no_byte(tiny, quantized, tmp_path, contents, kills):
-    """SIGKILL while the folder is being written: each process may live a little longer."""
-    output, rng, killed, part = tmp_path / "out", random.Random(kills), 0, tmp_path / "out.partial"
-    seen = set()
-    while not output.exists():
+def finish(process: subprocess.Popen) -> None:
+    error = process.communicate()[1].decode()
+    assert process.returncode == 0, error
+
+
+def test_killed_while_writing(tiny, quantized, tmp_path, contents):
+    """SIGKILL as soon as a part's file is there, before or after it is entered."""
+    output, partial = tmp_path / "out", tmp_path / "out.partial"
+    for parts in (1, 3):
         process = start(tiny, output)
-        before = time.monotonic()
-        while process.poll() is None and not part.exists():
-            assert time.monotonic() < before + 300
-            time.sleep(0.01)
-        if killed < kills:
-            wait = rng.uniform(0, 12 / kills) if killed else 0.05
-            try:
-                process.wait(wait + (4 if seen else 0) * (killed > 0))
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                killed += 1
-        error = process.communicate()[1].decode()
-        assert process.returncode in (0, -signal.SIGKILL), error
-        if part.exists():
-            seen.add(tuple(sorted(contents(part))))
-    assert killed == kills and len(seen) > 1
-    assert contents(output) == contents(quantized[0])
+        while process.poll() is None and len(list(partial.glob("*.safetensors"))) < parts:
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert not (partial / "config.json").exists()
+        with pytest.raises(CheckpointError, match="was not written to its end"):
+            load_model(output)
+    finish(start(tiny, output))
+    assert contents(output) == contents(quantized[0]) and not partial.exists()
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_times(tiny, quantized, tmp_path, contents):
+    """Each uniformly within the time that a whole run takes."""
+    begun = time.monotonic()
+    finish(start(tiny, tmp_path / "whole"))
+    seconds, rng = time.monotonic() - begun, random.Random(0)
+    killed, finished, kept = 0, 0, []
+    while killed < 20 or not finished:
+        output = tmp_path / f"out{finished}"
+        process = start(tiny, output)
+        try:
+            process.wait(rng.uniform(0, seconds) if killed < 20 else None)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            killed += process.wait() == -signal.SIGKILL
+            kept.append(len(list(tmp_path.glob("*.partial/*.safetensors"))))
+        else:
+            finish(process)
+            assert contents(output) == contents(quantized[0])
+            finished += 1
+    print(f"a whole run takes {seconds:.1f} s; parts kept after each kill: {kept}")
+    assert len(set(kept)) > 2

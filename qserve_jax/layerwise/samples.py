@@ -13,7 +13,7 @@ def sample_windows(ids: np.ndarray, num_samples: int, seq_len: int, seed: int) -
     """
     count = len(ids) // seq_len
     if count < num_samples:
-        cure = f"num_samples={count}" if count else f"a seq_len below {len(ids) + 1}"
+        cure = f"num_samples={count}" if count else f"num_samples=1 of seq_len={len(ids)}"
         raise ValueError(
             f"the calibration text holds {len(ids)} tokens, fewer than num_samples={num_samples} "
             f"windows of seq_len={seq_len} need: give a longer text, or {cure}"

@@ -117,7 +117,7 @@ def test_windows_of_a_text():
     assert not np.array_equal(windows, sample_windows(ids, 5, 100, seed=4))
     with pytest.raises(ValueError, match="1000 tokens, fewer than num_samples=11 .*num_samples=10"):
         sample_windows(ids, 11, 100, seed=3)
-    with pytest.raises(ValueError, match="or a seq_len below 1001"):
+    with pytest.raises(ValueError, match="or num_samples=1 of seq_len=1000"):
         sample_windows(ids, 1, 2000, seed=3)
 
 

@@ -136,6 +136,7 @@ def test_twenty_kills_at_random_times(tiny, quantized, tmp_path, contents):
             kept.append(len(list(tmp_path.glob("*.partial/*.safetensors"))))
         else:
             finish(process)
+        if output.exists():  # a kill may come after the last rename
             assert contents(output) == contents(quantized[0])
             finished += 1
     print(f"a whole run takes {seconds:.1f} s; parts kept after each kill: {kept}")

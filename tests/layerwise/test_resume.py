@@ -31,7 +31,8 @@ def test_goes_on_where_it_stopped(tiny, quantized, tmp_path, monkeypatch, conten
     monkeypatch.setattr(run, "quantize_layer", once)
     output = tmp_path / "out"
     while not output.exists():
-        made and made.pop()
+        if made:
+            made.pop()
         try:
             recipe, source = find_recipe("qoq-g128"), open_source(tiny.folder)
             quantize_checkpoint(output, source, recipe, tiny.tokens)

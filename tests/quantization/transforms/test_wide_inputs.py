@@ -1,6 +1,7 @@
 """K = 18944 = 148 * 128, Qwen2.5-7B's MLP, and its D = 3584 = 28 * 128: no powers of two."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,8 @@ def test_gptq_of_a_wide_kernel_by_shape():
     struct = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     codes = jax.eval_shape(gptq_codes, struct((D, K)), struct((K, K)), *[struct((D, 148))] * 2)
     assert codes.shape == (D, K)
-    stats = ActivationStats({}, {"layers/down_proj": struct((1, K, K))})
+    hessian: Any = struct((1, K, K))
+    stats = ActivationStats({}, {"layers/down_proj": hessian})
     params = {"layers": {"down_proj": {"kernel": struct((1, K, D))}}}
     quantized = jax.eval_shape(
         lambda p, s: quantize_with_statistics(p, QuantConfig(), s), params, stats

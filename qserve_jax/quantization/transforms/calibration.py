@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -46,7 +46,7 @@ class ActivationStats:
     hessian: dict[str, Array]
 
 
-ApplyFn = Callable[[Any, Array], dict[str, Array | InputStats]]
+ApplyFn = Callable[[Any, Array], Mapping[str, Array | InputStats]]
 """(params, tokens) -> the inputs of matmuls by name, [..., K] each, or already reduced."""
 
 

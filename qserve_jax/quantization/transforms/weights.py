@@ -61,6 +61,11 @@ def quantize_with_statistics(
     time. Kernels that are not 4-bit are quantised, or left, as by `quantize_params`. Raises
     ValueError where a statistic is missing or of another shape.
     """
+    if not isinstance(stats, ActivationStats):
+        raise ValueError(
+            f"stats={type(stats).__name__} is no ActivationStats: use what collect_statistics "
+            "returns with hessians=True"
+        )
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
     planned = [plan_leaf(path, leaf, config, rules) for path, leaf in leaves]
     announce_fallbacks(planned, strict)

@@ -61,6 +61,11 @@ def quantize(argv: Sequence[str]) -> None:
         except KeyboardInterrupt:
             _note(args, f"stopped: the same command goes on with {args.output}.partial")
             raise
+        except RuntimeError as error:  # JaxRuntimeError is one
+            if "RESOURCE_EXHAUSTED" not in str(error) or args.debug:
+                raise
+            message = str(error).splitlines()[0]
+            raise ValueError(f"{message}: lower --seq-len or --num-samples") from None
     report["seconds"] = time.perf_counter() - start
     if args.report == "json":
         print(json.dumps(report))

@@ -100,7 +100,7 @@ def main() -> None:
     loaded = load_model(DEMO, precision="w16a16kv16", dtype="float32")
     bench = Bench(loaded.config, loaded.params, list(train), held_out)
     sizes = {"held_out_tokens": len(held_out), "calibration_tokens": int(train.size)}
-    content = {"note": __doc__.splitlines()[0], **sizes, **provenance(), "rows": []}
+    content = {"note": (__doc__ or "").splitlines()[0], **sizes, **provenance(), "rows": []}
     exact = bench.loss(CausalLM(bench.config), bench.params, 16)
 
     def add(name: str, option: str, result: Perplexity, against: Perplexity) -> None:

@@ -2,9 +2,9 @@
 
 Bytes on the device beside the compiled programs, for a layer of P weights, hidden states of n
 tokens, and inputs of at most K channels: the layer's weights in float32 about three times over
-(12 P), the hidden states (2 n D in bfloat16), the Hessians (4 sum K^2) and, while the widest is
-factorised, six arrays of its size (24 K^2), and what one batch makes in its layer. For Llama-3-8B
-(P = 218 M, K = 14336, n = 131072) that is 2.6 + 1.1 + 1.0 + 4.9 + about 2 GB = 12 GB.
+(12 P), the hidden states (4 n D in float32), the Hessians (4 sum K^2) and, while the widest is
+factorised, six arrays of its size (24 K^2), or what one batch makes in its layer. For Llama-3-8B
+(P = 218 M, K = 14336, n = 131072) that is 2.6 + 2.1 + 1.0 + 4.9 GB = 11 GB.
 Operations: 2 n P a pass over the calibration set, up to six of them (57 TFLOP each, in the
 calibration's dtype), 2 n sum K^2 for the Hessians (67 TFLOP, float32), about 4 K^3 for each factor,
 and per channel 81 products dW H in the clip search (242 TFLOP, float32).
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +44,7 @@ BATCH_TOKENS = 4096
 
 
 def quantize_checkpoint(
-    output: Path,
+    output: str | os.PathLike[str],
     source: Source,
     recipe: Recipe,
     tokens: np.ndarray | None,
@@ -65,7 +66,7 @@ def quantize_checkpoint(
     Raises CheckpointError as `open_work` does and for weights that are not finite, and ValueError
     where an activation is not, naming the layer, or tokens are not those of the model.
     """
-    config = source.config
+    config, output = source.config, Path(output).expanduser()
     check_free(output)
     if recipe.needs_calibration:
         _check_tokens(config, tokens)

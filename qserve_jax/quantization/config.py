@@ -21,8 +21,8 @@ class QuantConfig:
     scale_dtype: float32, or float16 to round the channel scales of 4-bit weights to it before
       coding. They stay float32 arrays; published QServe checkpoints store them in float16.
     round_level_one: round weights to int8 before they are coded in groups, as the paper writes (its
-      code does not). Off, which is a little nearer: on the demo model's weights a squared error of
-      1.018 % instead of 1.026 %; the perplexities cannot be told apart.
+      code does not). Off: unrounded weights are a little nearer, and perplexities cannot be told
+      apart (docs/results/quantize_options.json).
 
     Raises ValueError on any other value.
     """

@@ -29,7 +29,8 @@ from qserve_jax.quantization.transforms.heads import AttentionConfig
 class Recipe:
     """What is done, in the order of the fields, and with what.
 
-    rotate: block-input rotation, norms folded. rotate_values: also the value heads.
+    rotate: block-input rotation, norms folded. rotate_values: also the value heads,
+      which the demo model does not gain from (docs/results/quantize_options.json).
     reorder: channels sorted by salience.
     smooth_keys: alpha of SmoothAttention, "search" for the grid, None for none.
     smooth_outputs: alpha of block-output smoothing, None for none.

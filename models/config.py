@@ -108,6 +108,7 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    centered_keys: bool = False  # transforms/center_keys.py; no Hugging Face checkpoint has it
     sliding_window: int | None = None  # each token sees this many tokens, itself included
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

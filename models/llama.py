@@ -6,6 +6,7 @@ down, residual] -> norm -> head. The layer loop is one scan over stacked paramet
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -104,9 +105,20 @@ def param_shapes(config: ModelConfig) -> dict[str, Any]:
     }
     if config.qk_norm:
         layers |= {"q_norm": {"scale": (n_layers, h)}, "k_norm": {"scale": (n_layers, h)}}
+    if config.centered_keys:
+        layers["key_center"] = {"center": (n_layers, n_kv, h)}
     vocabulary = {"embedding": (config.vocab_size, d)}
     tree = {"embed": vocabulary, "layers": layers, "final_norm": {"scale": (d,)}}
     return tree if config.tie_embeddings else tree | {"lm_head": dict(vocabulary)}
+
+
+def config_of(config: ModelConfig, params: Params) -> ModelConfig:
+    """The config of a tree that transforms have changed: an untied head, centred keys."""
+    return dataclasses.replace(
+        config,
+        tie_embeddings="lm_head" not in params,
+        centered_keys="key_center" in params["layers"],
+    )
 
 
 def init_params(key: Array, config: ModelConfig, dtype: Any = jnp.float32) -> Params:
@@ -119,7 +131,7 @@ def init_params(key: Array, config: ModelConfig, dtype: Any = jnp.float32) -> Pa
         owner, name = path[-2].key, path[-1].key
         if name == "scale":
             return jnp.ones(shape, dtype)
-        if name == "bias":
+        if name in ("bias", "center"):
             return jnp.zeros(shape, dtype)
         residual = owner in ("o_proj", "down_proj")
         std = 0.02 / (2 * config.num_layers) ** 0.5 if residual else 0.02
@@ -173,7 +185,8 @@ def decoder_layer(model, p, x, layer, positions, rope, attention, state, tap: Ta
         if config.qk_norm:
             q = rms_norm(q, p["q_norm"]["scale"], config.rms_norm_eps)
             k = rms_norm(k, p["k_norm"]["scale"], config.rms_norm_eps)
-        q, k = apply_rope(q, positions, *rope), apply_rope(k, positions, *rope)
+        center = p["key_center"]["center"] if "key_center" in p else None
+        q, k = apply_rope(q, positions, *rope), apply_rope(k, positions, *rope, center=center)
         tap("queries", lambda: q)
         tap("keys", lambda: k)
         tap("values", lambda: v)

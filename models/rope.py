@@ -41,16 +41,20 @@ def rope_frequencies(config: ModelConfig, lengths: Array | None = None) -> tuple
     return frequencies, scale
 
 
-def apply_rope(x: Array, positions: Array, inv_freq: Array, scale: float = 1.0) -> Array:
+def apply_rope(
+    x: Array, positions: Array, inv_freq: Array, scale: float = 1.0, center: Array | None = None
+) -> Array:
     """Rotates query or key heads to their positions (transformers `apply_rotary_pos_emb`).
 
     x [B, T, heads, H]; positions i32[B, T], from 0; inv_freq f32[H/2] or f32[B, H/2] and scale from
-    `rope_frequencies`. Returns the shape and dtype of x; angles and rotation are float32.
+    `rope_frequencies`; center f32[heads, H], subtracted afterwards (transforms/center_keys.py).
+    Returns the shape and dtype of x; angles, rotation and difference are float32.
     """
     angles = positions[..., None].astype(jnp.float32) * jnp.expand_dims(inv_freq, -2)  # [B, T, H/2]
     cos, sin = jnp.cos(angles)[:, :, None] * scale, jnp.sin(angles)[:, :, None] * scale
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+    rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+    return (rotated if center is None else rotated - center).astype(x.dtype)
 
 
 def yarn_attention_factor(rope: RopeConfig) -> float:

@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 NAMED = (
     *("qoq-g128", "qoq-per-channel", "rtn", "rtn-per-channel"),
     *(f"qoq-g128-no-{part}" for part in ("rotation", "smooth-attention", "output-smoothing")),
-    *("qoq-g128-no-gptq", "qoq-g128-no-reordering"),
+    *("qoq-g128-no-gptq", "qoq-g128-no-reordering", "qoq-g128-centered"),
     *(f"qoq-per-channel-no-{part}" for part in ("rotation", "smooth-attention")),
     *(f"qoq-per-channel-no-{part}" for part in ("output-smoothing", "gptq", "clipping")),
+    "qoq-per-channel-centered",
 )
 BY_GROUP = {
     "qoq": {128: "qoq-g128", -1: "qoq-per-channel"},

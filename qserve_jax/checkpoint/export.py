@@ -91,6 +91,11 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     if config.model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"model_type {config.model_type!r} is not supported: use one of {known}")
+    if config.centered_keys:
+        raise ValueError(
+            "centered_keys=True has no place in this format: write native safetensors or Orbax, or "
+            "use a recipe without key centres"
+        )
     eos = config.eos_token_ids
     hf = {
         "architectures": [ARCHITECTURES[config.model_type]],

@@ -44,6 +44,7 @@ class StoredFormat:
     specs: Mapping[str, TensorSpec]
     pack: Callable[[ModelConfig, Mapping[str, Any]], Mapping[str, Packing]]
     ignored: re.Pattern[str] | None = None
+    centered_keys: bool = False
 
 
 def find_format(folder: Path, s2_order: str | None = None) -> StoredFormat | None:
@@ -70,11 +71,13 @@ def find_format(folder: Path, s2_order: str | None = None) -> StoredFormat | Non
 
 def _native(folder: Path, hf: Mapping[str, Any]) -> StoredFormat:
     quant_config, schemes, storage = native.read_native_config(hf)
+    centered = native.read_centered_keys(hf)
     if storage == "orbax":
-        return StoredFormat(ORBAX, quant_config, schemes, {}, lambda config, shapes: {})
+        no_packings = lambda config, shapes: {}  # noqa: E731
+        return StoredFormat(ORBAX, quant_config, schemes, {}, no_packings, centered_keys=centered)
     specs = tensor_specs(weight_files(folder))
     pack = lambda config, shapes: native.native_packings(shapes)  # noqa: E731
-    return StoredFormat(NATIVE, quant_config, schemes, specs, pack)
+    return StoredFormat(NATIVE, quant_config, schemes, specs, pack, centered_keys=centered)
 
 
 def _int4(folder: Path, hf: Mapping[str, Any]) -> StoredFormat:

@@ -25,9 +25,12 @@ MODULES = {
     "layers/mlp_norm": f"{_LAYER}.post_attention_layernorm",
     **{f"layers/{x}_proj": f"{_LAYER}.self_attn.{x}_proj" for x in "qkvo"},
     **{f"layers/{x}_norm": f"{_LAYER}.self_attn.{x}_norm" for x in "qk"},
+    "layers/key_center": f"{_LAYER}.self_attn.key_center",
     **{f"layers/{x}_proj": f"{_LAYER}.mlp.{x}_proj" for x in ("gate", "up", "down")},
 }
-PARAMETERS = {"embedding": "weight", "kernel": "weight", "scale": "weight", "bias": "bias"}
+PARAMETERS = {"embedding": "weight", "kernel": "weight", "scale": "weight"} | {
+    name: name for name in ("bias", "center")
+}
 
 FLOATS = ("F32", "BF16", "F16")
 

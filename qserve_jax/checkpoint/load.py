@@ -99,6 +99,7 @@ def load_model(
         check_tensors(folder, specs, wanted, ignored(config))
         shapes = quantized_shapes(config, quant_config, dtype, strict)
     else:
+        config = dataclasses.replace(config, centered_keys=stored.centered_keys)
         quant_config = _agreed(folder, stored, asked, precision, group_size)
         rules, specs = scheme_rules(stored.schemes), stored.specs
         shapes = quantized_shapes(config, quant_config, dtype, True, rules)

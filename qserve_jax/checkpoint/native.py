@@ -3,7 +3,7 @@
 config.json is that of the float model plus `quantization_config`:
 
     {"quant_method": "qserve_jax", "version": 1, "weight_bits": 4, "group_size": 128,
-     "act_bits": 8, "kv_bits": 4, "storage": "safetensors" | "orbax",
+     "act_bits": 8, "kv_bits": 4, "centered_keys": false, "storage": "safetensors" | "orbax",
      "projections": {"q_proj": {"weight_bits": 4, "group_size": 128}, ...}}
 
 Safetensors hold the float tensors under Hugging Face's names and, for each quantised projection of
@@ -75,11 +75,12 @@ def native_config(
 ) -> dict[str, Any]:
     """The config.json of a native checkpoint. leaves: as of `checked_leaves`."""
     dtype = np.dtype(leaves["embed/embedding"].dtype).name
-    return config_to_hf(dataclasses.replace(config, dtype=dtype)) | {
+    return config_to_hf(dataclasses.replace(config, dtype=dtype, centered_keys=False)) | {
         "quantization_config": {
             "quant_method": METHOD,
             "version": VERSION,
             **{key: getattr(quant_config, key) for key in BITS},
+            "centered_keys": config.centered_keys,
             "storage": storage,
             "projections": {name: _scheme(leaves[f"layers/{name}/kernel"]) for name in PROJECTIONS},
         }
@@ -180,6 +181,18 @@ def read_native_config(hf: Mapping[str, Any]) -> tuple[QuantConfig, dict[str, di
     if storage not in ("safetensors", "orbax"):
         raise CheckpointError(f"quantization_config storage {brief(storage)} is unknown: {cure}")
     return quant_config, schemes, storage
+
+
+def read_centered_keys(hf: Mapping[str, Any]) -> bool:
+    """Whether keys are centred (transforms/center_keys.py); older files do not say: they are not.
+
+    Raises CheckpointError where it is no boolean.
+    """
+    centered = hf["quantization_config"].get("centered_keys", False)
+    if not isinstance(centered, bool):
+        shown = brief(centered)
+        raise CheckpointError(f"quantization_config centered_keys {shown} is not true or false")
+    return centered
 
 
 def native_packings(shapes: Mapping[str, Any]) -> dict[str, Packing]:

@@ -72,6 +72,7 @@ def quantize_checkpoint(
         _check_tokens(config, tokens)
     else:
         tokens = None
+    config = dataclasses.replace(config, centered_keys=recipe.center_keys)
     if recipe.rotate:
         config = dataclasses.replace(config, tie_embeddings=False)
     shapes = quantized_shapes(config, recipe.quant, config.dtype, strict=False)  # warns, once

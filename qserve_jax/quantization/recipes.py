@@ -12,6 +12,7 @@ from qserve_jax.quantization.config import QuantConfig
 from qserve_jax.quantization.params import quantize_params
 from qserve_jax.quantization.transforms import (
     ActivationStats,
+    center_keys,
     quantize_with_statistics,
     reorder_ffn,
     reorder_values,
@@ -32,6 +33,7 @@ class Recipe:
     rotate: block-input rotation, norms folded. rotate_values: also the value heads,
       which the demo model does not gain from (docs/results/quantize_options.json).
     reorder: channels sorted by salience.
+    center_keys: the keys' mean taken off them (not in the paper, nor in its checkpoint format).
     smooth_keys: alpha of SmoothAttention, "search" for the grid, None for none.
     smooth_outputs: alpha of block-output smoothing, None for none.
     clip: search of weight ranges (per channel). gptq: else round to nearest.
@@ -41,6 +43,7 @@ class Recipe:
     rotate: bool = False
     rotate_values: bool = False
     reorder: bool = False
+    center_keys: bool = False
     smooth_keys: float | str | None = None
     smooth_outputs: float | None = None
     clip: bool = False
@@ -51,7 +54,7 @@ class Recipe:
     def needs_calibration(self) -> bool:
         """Whether any step reads activations."""
         smooths = self.smooth_keys is not None or self.smooth_outputs is not None
-        return self.reorder or smooths or self.needs_hessians
+        return self.reorder or self.center_keys or smooths or self.needs_hessians
 
     @property
     def needs_hessians(self) -> bool:
@@ -84,6 +87,7 @@ RECIPES = (
         for name, recipe in WHOLE.items()
         for part, change in WITHOUT.items()
     }
+    | {f"{name}-centered": recipe.without(center_keys=True) for name, recipe in WHOLE.items()}
     | {"qoq-g128-no-reordering": QOQ_G128.without(reorder=False)}
     | {"qoq-per-channel-no-clipping": QOQ_PER_CHANNEL.without(clip=False)}
 )
@@ -112,9 +116,9 @@ def quantize_with_recipe(
     """The canonical float tree, or part of it (one layer), -> the quantised one.
 
     calibration: asked anew after each step that changes what flows between the layers.
-    A recipe that rotates gives a tied model a head of its own: run the result with
-    tie_embeddings=("lm_head" in params is False). Raises ValueError for an unknown recipe, and
-    where an activation is not finite.
+    Rotation gives a tied model a head of its own, centring its keys a centre: run the result with
+    the config that `config_of` of qserve_jax.models.llama gives. Raises ValueError for an unknown
+    recipe, and where an activation is not finite.
     """
     recipe = find_recipe(recipe)
     params = transform_with_recipe(config, params, calibration, recipe)
@@ -146,6 +150,8 @@ def transform_with_recipe(
     if recipe.reorder:
         stats = calibration.statistics(params)
         params = reorder_values(reorder_ffn(params, stats), config, stats)
+    if recipe.center_keys:
+        params = center_keys(params, calibration.heads(params))
     if recipe.smooth_keys is not None:
         params = _smooth_keys(config, params, calibration, recipe)
     if recipe.smooth_outputs is not None:

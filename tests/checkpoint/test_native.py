@@ -1,5 +1,6 @@
 """Native checkpoints: there and back, whole or not at all."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,10 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qserve_jax.checkpoint import CheckpointError, atomic, load_model, save_native
+from qserve_jax.checkpoint import (
+    CheckpointError,
+    atomic,
+    export_qserve,
+    load_model,
+    save_native,
+    save_native_orbax,
+)
+from qserve_jax.checkpoint.export import export_hf
+from qserve_jax.models import param_shapes
 from qserve_jax.pallas_kernels import prepare_for_backend
 from qserve_jax.quantization import QuantConfig, Rule, quantize_params
 
@@ -43,6 +54,49 @@ def test_mixed_schemes_and_float_projections(checkpoint, tmp_path):
     params = quantize_params(exact.params, rules=rules)
     save_native(tmp_path / "out", params, exact.config, QuantConfig())
     assert_same(load_model(tmp_path / "out", dtype="float32").params, params)
+
+
+def centered_model(loaded):
+    """The model with a centre for its keys, in its float tree and config."""
+    config = dataclasses.replace(loaded.config, centered_keys=True)
+    shape = param_shapes(config)["layers"]["key_center"]["center"]
+    center = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape) / 64
+    layers = loaded.params["layers"] | {"key_center": {"center": center}}
+    return loaded.params | {"layers": layers}, config
+
+
+@pytest.mark.parametrize("save", [save_native, save_native_orbax])
+def test_centers_of_keys_are_kept(checkpoint, tmp_path, save):
+    loaded = load_model(checkpoint.write(), dtype="float32")
+    params, config = centered_model(loaded)
+    save(tmp_path / "out", params, config, loaded.quant_config)
+    again = load_model(tmp_path / "out", dtype="float32")
+    assert again.config.centered_keys and again.model.config.centered_keys
+    assert_same(again.params, params)
+    tokens = jnp.arange(8)[None]
+    centered = np.asarray(again.model.apply({"params": again.params}, tokens))
+    plain = np.asarray(loaded.model.apply({"params": loaded.params}, tokens))
+    np.testing.assert_allclose(centered, plain, atol=1e-4)  # softmax does not see them
+    edit_config(tmp_path / "out", centered_keys="yes")
+    with pytest.raises(CheckpointError, match="centered_keys 'yes' is not true or false"):
+        load_model(tmp_path / "out")
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= changes
+    path.write_text(json.dumps(config))
+
+
+def test_centers_of_keys_have_no_place_in_other_formats(checkpoint, tmp_path):
+    loaded = load_model(checkpoint.write(), precision="w16a16kv16", dtype="float32")
+    params, config = centered_model(loaded)
+    with pytest.raises(ValueError, match="centered_keys=True has no place in this format"):
+        export_hf(tmp_path / "hf", params, config)
+    with pytest.raises(ValueError, match="centered_keys=True has no place in this format"):
+        export_qserve(tmp_path / "qserve", quantize_params(params), config)
+    assert not list(tmp_path.glob("*/config.json"))
 
 
 def test_shards_and_companions(tmp_path, monkeypatch):

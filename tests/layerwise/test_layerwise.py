@@ -135,3 +135,14 @@ def test_calibration_goes_through_in_batches(tiny, monkeypatch):
         reports.append(stats.absmax["layers/down_proj"])
     np.testing.assert_allclose(*reports, rtol=1e-5)
     assert recipe.needs_calibration
+
+
+def test_centred_keys_reach_the_checkpoint(tiny, tmp_path):
+    recipe = Recipe(center_keys=True)
+    quantize_checkpoint(tmp_path / "out", open_source(tiny.folder), recipe, tiny.tokens)
+    loaded = load_model(tmp_path / "out", dtype="float32")
+    assert loaded.config.centered_keys
+    calibrator = Calibrator(CausalLM(tiny.config), [jnp.asarray(tiny.tokens)])
+    want = quantize_with_recipe(tiny.config, tiny.params, calibrator, recipe)
+    got, center = (p["layers"]["key_center"]["center"] for p in (loaded.params, want))
+    np.testing.assert_allclose(got, center, atol=1e-5 * np.abs(np.asarray(center)).max())

@@ -137,6 +137,6 @@ def test_recipe_names():
         find_recipe("qoq-per-channel").clip
         and find_recipe("qoq-per-channel").quant.group_size == -1
     )
-    assert not find_recipe("qoq-g128-no-gptq").gptq and len(RECIPES) == 14
+    assert not find_recipe("qoq-g128-no-gptq").gptq and len(RECIPES) == 16
     with pytest.raises(ValueError, match="recipe 'qoc' is unknown: use one of qoq-g128"):
         find_recipe("qoc")

@@ -9,6 +9,7 @@ from qserve_jax.quantization.transforms.calibration import (
     collect_statistics,
     reduce_input,
 )
+from qserve_jax.quantization.transforms.center_keys import center_keys
 from qserve_jax.quantization.transforms.clip import clip_range, clip_ratios
 from qserve_jax.quantization.transforms.gptq import gptq_codes
 from qserve_jax.quantization.transforms.reorder import permute_ffn, reorder_ffn, reorder_values
@@ -24,6 +25,7 @@ from qserve_jax.quantization.transforms.weights import quantize_with_statistics
 __all__ = [
     "ActivationStats",
     "InputStats",
+    "center_keys",
     "clip_range",
     "clip_ratios",
     "collect_statistics",

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from qserve_jax.quantization.numerics import fake_quantize_kv
 from qserve_jax.quantization.transforms.calibration import ActivationStats, statistic
+from qserve_jax.quantization.transforms.center_keys import CENTER
 from qserve_jax.quantization.transforms.heads import (
     AttentionConfig,
     flat_heads,
@@ -80,6 +81,9 @@ def _powers(x: Array, exponent: float) -> Array:
 def apply_scales(params: Params, config: AttentionConfig, s: Array) -> Params:
     """Keys divided and queries multiplied by s f32[L, K, H], in the parameters that make them."""
     layers = params["layers"]
+    if CENTER in layers:
+        center = in_float32(lambda c: c / s, layers[CENTER]["center"])
+        params = update_layers(params, **{CENTER: {"center": center}})
     if config.qk_norm:
         s = s[..., 0, :]
         changed = {"q_norm": s, "k_norm": 1 / s}

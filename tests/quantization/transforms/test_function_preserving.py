@@ -9,6 +9,7 @@ import pytest
 
 from qserve_jax.models.calibration import attention_heads
 from qserve_jax.quantization.transforms import (
+    center_keys,
     fold_norms,
     hadamard_rotation,
     reorder_ffn,
@@ -77,6 +78,22 @@ def test_search_smooth_attention(case):
     heads = attention_heads(case.model)(case.params, case.tokens)
     smoothed = search_smooth_attention(case.params, case.config, case.stats(), heads)
     same(case, smoothed)
+
+
+def test_center_keys(case):
+    heads = attention_heads(case.model)(case.params, case.tokens)
+    centered = jax.jit(center_keys)(case.params, heads)
+    same(case, centered)
+    center = centered["layers"]["key_center"]["center"]
+    assert np.abs(center).max() > 0.1
+    keys = attention_heads(case.model)(centered, case.tokens)["layers/keys"]
+    np.testing.assert_allclose(keys, heads["layers/keys"] - center[:, None, None], atol=1e-4)
+    np.testing.assert_allclose(keys.mean((1, 2)), 0, atol=1e-5)
+    smoothed = smooth_attention(centered, case.config, case.stats(centered))
+    same(case, smoothed)  # which scales the centre too
+    again = center_keys(smoothed, attention_heads(case.model)(smoothed, case.tokens))
+    centers = (tree["layers"]["key_center"]["center"] for tree in (smoothed, again))
+    np.testing.assert_allclose(*centers, atol=1e-5)
 
 
 def test_smooth_down_and_values(case):

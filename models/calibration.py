@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from qserve_jax.models.layers import Params, join_in_place, split_in_place
 from qserve_jax.models.llama import CausalLM, decoder_layer, full_attention
-from qserve_jax.models.rope import rope_frequencies
+from qserve_jax.models.rope import rope_frequencies, rope_turn
 from qserve_jax.quantization.qtensor import Array
 from qserve_jax.quantization.transforms.calibration import (
     ActivationStats,
@@ -20,6 +20,13 @@ from qserve_jax.quantization.transforms.calibration import (
 )
 
 HEADS = ("queries", "keys", "values")
+Summarize = Callable[[dict[str, Array]], dict[str, Any]]
+"""What is kept of a layer's taps."""
+
+
+def keep_nothing(taps: dict[str, Array]) -> dict[str, Any]:
+    """Keeps nothing of a layer's taps: XLA then computes none of them."""
+    return {}
 
 
 def matmul_inputs(
@@ -31,6 +38,11 @@ def matmul_inputs(
     maxima of `layers/queries` [L, N, H] and `layers/keys` [L, K, H] after the rotary embedding.
     The scan over layers stacks statistics, never activations.
     """
+    return _tapped(model, reduce_taps(hessians))
+
+
+def reduce_taps(hessians: bool) -> Summarize:
+    """Keeps the statistics of a layer's inputs, queries and keys."""
 
     def reduce(name: str, x: Array) -> InputStats:
         if name in HEADS:
@@ -38,39 +50,59 @@ def matmul_inputs(
             return InputStats(flat.absmax.reshape(x.shape[-2:]), None, flat.count)
         return reduce_input(x, moment=hessians)
 
-    return _tapped(model, lambda taps: {k: reduce(k, x) for k, x in taps.items() if k != "values"})
+    return lambda taps: {k: reduce(k, x) for k, x in taps.items() if k != "values"}
 
 
 def attention_heads(model: CausalLM) -> Callable[[Params, Array], dict[str, Array]]:
     """(params, tokens i32[B, T]) -> `layers/queries` [L, B, T, N, H], `layers/keys` and
     `layers/values` [L, B, T, K, H] after the rotary embedding, for a search over few tokens."""
-    return _tapped(model, lambda taps: {name: taps[name] for name in HEADS})
+    return _tapped(model, keep_heads)
 
 
-def _tapped(model: CausalLM, summarize: Callable[[dict[str, Array]], dict[str, Any]]):
+def keep_heads(taps: dict[str, Array]) -> dict[str, Array]:
+    """Keeps queries, keys and values as they are."""
+    return {name: taps[name] for name in HEADS}
+
+
+def _tapped(model: CausalLM, summarize: Summarize):
     """One pass over all layers that returns `summarize(taps)` of each, stacked."""
 
     def apply_fn(params: Params, tokens: Array) -> dict[str, Any]:
-        config = model.config
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        rope = rope_frequencies(config, positions.max(axis=1) + 1)
-        attention = full_attention(config, positions, kv_bits=16)
-        scanned, in_place = split_in_place(params["layers"])
-
-        def body(x, xs):
-            layer, scanned_layer = xs
-            p, taps = join_in_place(scanned_layer, in_place), {}
-
-            def tap(name, value):
-                taps[name] = value()
-
-            x, _ = decoder_layer(model, p, x, layer, positions, rope, attention, None, tap)
-            return x, {f"layers/{name}": s for name, s in summarize(taps).items()}
-
         x = params["embed"]["embedding"][tokens]
-        return jax.lax.scan(body, x, (jnp.arange(config.num_layers), scanned))[1]
+        return through_layers(model, params["layers"], x, summarize)[1]
 
     return apply_fn
+
+
+def through_layers(
+    model: CausalLM,
+    layers: Params,
+    x: Array,
+    summarize: Summarize = keep_nothing,
+    kv_bits: int = 16,
+) -> tuple[Array, dict[str, Any]]:
+    """Hidden states x [B, T, D] through stacked layers: (x, `summarize(taps)` of each, stacked).
+
+    Keys and values are seen as a cache of `kv_bits` returns them.
+    """
+    config = model.config
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    turn = rope_turn(positions, *rope_frequencies(config, positions.max(axis=1) + 1))
+    attention = full_attention(config, positions, kv_bits)
+    scanned, in_place = split_in_place(layers)
+
+    def body(x, xs):
+        layer, scanned_layer = xs
+        p, taps = join_in_place(scanned_layer, in_place), {}
+
+        def tap(name, value):
+            taps[name] = value()
+
+        x, _ = decoder_layer(model, p, x, layer, turn, attention, None, tap)
+        return x, {f"layers/{name}": s for name, s in summarize(taps).items()}
+
+    count = layers["attn_norm"]["scale"].shape[0]
+    return jax.lax.scan(body, x, (jnp.arange(count), scanned))
 
 
 def calibrate(

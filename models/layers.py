@@ -88,10 +88,13 @@ def linear(
     *,
     layer: Array | int | None,
     dtype: jax.typing.DTypeLike,
+    residual: Array | None = None,
     backend: str | None = None,
 ) -> Array:
-    """x [..., K] @ kernel [K, N] (+ bias [N]) -> dtype[..., N].
+    """x [..., K] @ kernel [K, N] (+ bias [N]) (+ residual [..., N]) -> dtype[..., N].
 
+    Of an integer matmul the residual is added in float32, before the one rounding; of others after
+    the product is rounded, as in transformers.
     A quantised kernel is stacked and read at `layer`; with int8 x it is an integer matmul, with
     float x it is dequantised first (w4a16). A float kernel is this layer's own. A kernel that can
     be called computes the product itself, float[..., K] -> [..., N]: a pytree whose arrays are this
@@ -99,9 +102,11 @@ def linear(
     """
     kernel, bias = p["kernel"], p.get("bias")
     if isinstance(x, Int8Activation):
-        return quantized_matmul(x, kernel, bias=bias, layer=layer, out_dtype=dtype, backend=backend)
+        added = {"bias": bias, "residual": residual}
+        return quantized_matmul(x, kernel, **added, layer=layer, out_dtype=dtype, backend=backend)
     y = _float_product(x, kernel, layer, dtype)
-    return (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype)
+    y = (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype)
+    return y if residual is None else residual + y
 
 
 def _float_product(x: Array, kernel: Any, layer: Any, dtype: Any) -> Any:

@@ -7,7 +7,7 @@ down, residual] -> norm -> head. The layer loop is one scan over stacked paramet
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -27,14 +27,21 @@ from qserve_jax.models.layers import (
     split_gate_up,
     split_in_place,
 )
-from qserve_jax.models.rope import apply_rope, rope_frequencies
-from qserve_jax.pallas_kernels import append_kv, paged_attention
+from qserve_jax.models.rope import rope_frequencies, rope_turn
+from qserve_jax.pallas_kernels import paged_attention, quantized_matmul, rope_append_kv
+from qserve_jax.pallas_kernels.append_kv import rotate, split_heads
+from qserve_jax.pallas_kernels.paged_attention import longest_first
 from qserve_jax.pallas_kernels.paged_attention.reference import attend
+from qserve_jax.pallas_kernels.quantize_activation import quantize_activation
 from qserve_jax.quantization.numerics import fake_quantize_kv
-from qserve_jax.quantization.qtensor import Array, KVCache
+from qserve_jax.quantization.qtensor import Array, KVCache, is_quantized
 
-Attention = Callable[[Array, Array, Array, Array, Any], tuple[Array, Any]]
-"""(q [B, T, N, H], k [B, T, K, H], v, layer index, state) -> (output [B, T, N, H], state)."""
+Turn = tuple[Array, Array]
+"""cos and sin f32[B, T, H/2] of the tokens' positions; see `rope_turn`."""
+
+Attention = Callable[[Sequence[Array], Turn, Array | None, Array, Any], tuple[Array, Any]]
+"""([q [B, T, N, H], k [B, T, K, H], v] or one [B, T, N + 2K, H], not rotated yet, turn, the keys'
+centre [K, H] or None, layer index, state) -> (output [B, T, N, H], state)."""
 
 Tap = Callable[[str, Callable[[], Array]], None]
 """Shown the layer's matmul inputs and heads by name, as thunks; see `calibration.matmul_inputs`."""
@@ -152,14 +159,14 @@ def hidden_states(
 ) -> tuple[Array, Any]:
     """tokens, positions i32[B, T] -> final hidden states [B, T, D] and the attention's state."""
     config = model.config
-    rope = rope_frequencies(config, rope_lens)
+    turn = rope_turn(positions, *rope_frequencies(config, rope_lens))
     scanned, in_place = split_in_place(params["layers"])
 
     def body(carry, xs):
         x, state = carry
         layer, scanned_layer = xs
         p = join_in_place(scanned_layer, in_place)
-        x, state = decoder_layer(model, p, x, layer, positions, rope, attention, state)
+        x, state = decoder_layer(model, p, x, layer, turn, attention, state)
         return (x, state), None
 
     x = params["embed"]["embedding"][tokens]
@@ -172,7 +179,7 @@ def no_tap(name: str, value: Callable[[], Array]) -> None:
     """Looks at nothing."""
 
 
-def decoder_layer(model, p, x, layer, positions, rope, attention, state, tap: Tap = no_tap):
+def decoder_layer(model, p, x, layer, turn: Turn, attention: Attention, state, tap: Tap = no_tap):
     """One layer: x [B, T, D] -> (x, state)."""
     options = {"layer": layer, "dtype": x.dtype, "backend": model.backend}
     config, act_bits, backend = model.config, model.act_bits, model.backend
@@ -181,21 +188,22 @@ def decoder_layer(model, p, x, layer, positions, rope, attention, state, tap: Ta
         names = ("q_proj", "k_proj", "v_proj")
         tap("q_proj", lambda: rms_norm(*norm))
         qkv = normalized_projections(*norm, p, names, "qkv_proj", act_bits=act_bits, **options)
-        q, k, v = split_heads(qkv, config)
+        qkv = [y.reshape(*y.shape[:-1], -1, config.head_dim) for y in qkv]
         if config.qk_norm:
+            q, k, v = split_heads(qkv, config.num_kv_heads)
             q = rms_norm(q, p["q_norm"]["scale"], config.rms_norm_eps)
             k = rms_norm(k, p["k_norm"]["scale"], config.rms_norm_eps)
+            qkv = [q, k, v]
         center = p["key_center"]["center"] if "key_center" in p else None
-        q, k = apply_rope(q, positions, *rope), apply_rope(k, positions, *rope, center=center)
-        tap("queries", lambda: q)
-        tap("keys", lambda: k)
-        tap("values", lambda: v)
-        heads, state = attention(q, k, v, layer, state)
+        tap("queries", lambda: rotate(split_heads(qkv, config.num_kv_heads)[0], *turn))
+        tap("keys", lambda: rotate(split_heads(qkv, config.num_kv_heads)[1], *turn, center=center))
+        tap("values", lambda: split_heads(qkv, config.num_kv_heads)[2])
+        heads, state = attention(qkv, turn, center, layer, state)
         heads = heads.reshape(*heads.shape[:-2], -1)
         tap("o_proj", lambda: heads)
         o = p["o_proj"]
         y = quantize_input(heads, act_bits, o["kernel"], backend=backend)
-        x = x + linear(y, o, **options)
+        x = linear(y, o, residual=x, **options)
     with jax.named_scope("mlp"):
         norm = x, p["mlp_norm"]["scale"], config.rms_norm_eps
         names = ("gate_proj", "up_proj")
@@ -204,21 +212,18 @@ def decoder_layer(model, p, x, layer, positions, rope, attention, state, tap: Ta
         down = p["down_proj"]
         tap("down_proj", lambda: silu_mul(*split_gate_up(both)))
         y = silu_mul_input(both, act_bits, down["kernel"], backend=backend)
-        return x + linear(y, down, **options), state
-
-
-def split_heads(qkv: list[Array], config: ModelConfig) -> tuple[Array, Array, Array]:
-    """Outputs of the q, k, v projections, apart or fused, as [B, T, heads, H] each."""
-    if len(qkv) == 1:
-        n, k = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
-        qkv = jnp.split(qkv[0], [n, n + k], axis=-1)
-    q, k, v = (x.reshape(*x.shape[:-1], -1, config.head_dim) for x in qkv)
-    return q, k, v
+        return linear(y, down, residual=x, **options), state
 
 
 def lm_logits(config: ModelConfig, params: Params, x: Array) -> Array:
-    """x [..., D] -> logits f32[..., V] by the head, or by the embedding where they are tied."""
+    """x [..., D] -> logits f32[..., V] by the head, or by the embedding where they are tied.
+
+    A head in 8 bits (`runtime.int8_head`) is an integer matmul, with x quantised per token.
+    """
     head = params["embed" if config.tie_embeddings else "lm_head"]["embedding"]
+    if is_quantized(head):  # W8PerChannel: XLA's int8 dot on every backend
+        x_int8 = quantize_activation(x)
+        return quantized_matmul(x_int8, head, out_dtype=jnp.float32, backend="reference")
     return jnp.einsum(
         "...D,VD->...V", x, head, precision="highest", preferred_element_type=jnp.float32
     )
@@ -228,7 +233,9 @@ def full_attention(config: ModelConfig, positions: Array, kv_bits: int) -> Atten
     """Causal attention of a whole sequence over itself, without a cache."""
     valid = jnp.ones(positions.shape, bool)
 
-    def attention(q, k, v, layer, state):
+    def attention(qkv, turn, center, layer, state):
+        q, k, v = split_heads(qkv, config.num_kv_heads)
+        q, k = rotate(q, *turn), rotate(k, *turn, center=center)
         k, v = (fake_quantize_kv(x, kv_bits) for x in (k, v))
         out = attend(
             q,
@@ -253,14 +260,17 @@ def cached_attention(
     cached_pages: int | None,
     attends: str,
 ) -> Attention:
-    """Append the new tokens' K and V to the cache (the scan's state), then attend over pages."""
+    """Rotate, append K and V to the cache (the scan's state), then attend over pages."""
     pages = block_table if attends == "quantized" else block_table[:, :cached_pages]
+    order = longest_first(context_lens)  # once for all layers; what does not read it, drops it
 
-    def attention(q, k, v, layer, cache):
-        flat = (-1, *k.shape[2:])
-        cache = append_kv(
-            cache, k.reshape(flat), v.reshape(flat), slots, layer=layer, backend=model.backend
+    def attention(qkv, turn, center, layer, cache):
+        batch = qkv[0].shape[:2]
+        qkv, (cos, sin) = ([x.reshape(-1, *x.shape[2:]) for x in xs] for xs in (qkv, turn))
+        *qkv, cache = rope_append_kv(
+            qkv, cos, sin, cache, slots, center=center, layer=layer, backend=model.backend
         )
+        q, k, v = (x.reshape(*batch, *x.shape[1:]) for x in qkv)
         out = paged_attention(
             q,
             cache,
@@ -272,6 +282,7 @@ def cached_attention(
             attends=attends,
             layer=layer,
             window=model.config.sliding_window,
+            order=order,
             backend=model.backend,
         )
         return out, cache

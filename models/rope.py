@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qserve_jax.models.config import ModelConfig, RopeConfig
+from qserve_jax.pallas_kernels.append_kv import rotate
 
 Array = jax.Array
 
@@ -41,20 +42,22 @@ def rope_frequencies(config: ModelConfig, lengths: Array | None = None) -> tuple
     return frequencies, scale
 
 
-def apply_rope(
-    x: Array, positions: Array, inv_freq: Array, scale: float = 1.0, center: Array | None = None
-) -> Array:
+def apply_rope(x: Array, positions: Array, inv_freq: Array, scale: float = 1.0) -> Array:
     """Rotates query or key heads to their positions (transformers `apply_rotary_pos_emb`).
 
     x [B, T, heads, H]; positions i32[B, T], from 0; inv_freq f32[H/2] or f32[B, H/2] and scale from
-    `rope_frequencies`; center f32[heads, H], subtracted afterwards (transforms/center_keys.py).
-    Returns the shape and dtype of x; angles, rotation and difference are float32.
+    `rope_frequencies`. Returns the shape and dtype of x; angles and rotation are float32.
+    """
+    return rotate(x, *rope_turn(positions, inv_freq, scale))
+
+
+def rope_turn(positions: Array, inv_freq: Array, scale: float = 1.0) -> tuple[Array, Array]:
+    """cos and sin f32[B, T, H/2] of the angles of tokens at `positions`, times scale.
+
+    Arguments as `apply_rope`. The same for all layers, so made once a step.
     """
     angles = positions[..., None].astype(jnp.float32) * jnp.expand_dims(inv_freq, -2)  # [B, T, H/2]
-    cos, sin = jnp.cos(angles)[:, :, None] * scale, jnp.sin(angles)[:, :, None] * scale
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
-    return (rotated if center is None else rotated - center).astype(x.dtype)
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
 def yarn_attention_factor(rope: RopeConfig) -> float:

@@ -1,7 +1,7 @@
 """The operations of a quantised step, one folder each: `api` checks and dispatches, `reference` is
 plain XLA and computes the same integers as every faster backend."""
 
-from qserve_jax.pallas_kernels.append_kv import append_kv
+from qserve_jax.pallas_kernels.append_kv import append_kv, rope_append_kv
 from qserve_jax.pallas_kernels.backend import BACKENDS, resolve
 from qserve_jax.pallas_kernels.paged_attention import paged_attention, validate_paged_inputs
 from qserve_jax.pallas_kernels.prepare import prepare_for_backend
@@ -21,6 +21,7 @@ __all__ = [
     "quantized_matmul",
     "resolve",
     "rms_norm_quantize",
+    "rope_append_kv",
     "silu_mul_quantize",
     "validate_paged_inputs",
     "w4a8_matmul",

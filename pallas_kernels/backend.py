@@ -19,6 +19,19 @@ BACKENDS = ("mosaic_sm90", "mosaic_mma", "reference")
 ENVIRONMENT_VARIABLE = "QSERVE_JAX_BACKEND"
 
 
+UNPROVEN = frozenset(
+    {
+        ("paged_attention", "mosaic_sm90"),
+        ("paged_attention", "mosaic_mma"),
+        ("prefill_attention", "mosaic_sm90"),
+        ("prefill_attention", "mosaic_mma"),
+        ("append_kv", "mosaic_sm90"),
+        ("append_kv", "mosaic_mma"),
+    }
+)
+"""(operation, backend) that have not run on a GPU yet: they run only where they are named."""
+
+
 def resolve(backend: str | None) -> tuple[str, ...]:
     """Backends to try, in order. None reads QSERVE_JAX_BACKEND; unset or "auto" means all of them.
 
@@ -47,29 +60,38 @@ def _major(capability: str) -> int:
     return int(major) if major.isdecimal() else 0
 
 
+def default_device() -> Any:
+    """Where JAX computes unless told otherwise: jax_default_device, a device or a platform's first,
+    or the first of all."""
+    device = jax.config.jax_default_device or jax.default_backend()
+    return jax.devices(device)[0] if isinstance(device, str) else device
+
+
 def unavailable(name: str) -> str | None:
     """Why no kernel of this backend can run where JAX computes by default; None where it can."""
     if name not in NEEDS:
         return None
     gpu, said, can = NEEDS[name]
-    device = jax.config.jax_default_device or jax.default_backend()
-    platform = getattr(device, "platform", device)
-    if platform != "gpu":
-        return f"{name} needs an NVIDIA {gpu} GPU, but JAX computes on {platform}"
-    capability = str(getattr(jax.devices("gpu")[0], "compute_capability", "unknown"))
+    device = default_device()
+    if device.platform != "gpu":
+        return f"{name} needs an NVIDIA {gpu} GPU, but JAX computes on {device.platform}"
+    capability = str(getattr(device, "compute_capability", "unknown"))
     if not can(capability):
         return f"{name} needs compute capability {said} ({gpu}), this GPU has {capability}"
     return None
 
 
-def usable(backend: str | None) -> tuple[str, ...]:
-    """`resolve(backend)`, without those that cannot run here where nobody named one.
+def usable(backend: str | None, op: str = "") -> tuple[str, ...]:
+    """`resolve(backend)`, without those that cannot run here, or are UNPROVEN for the operation,
+    where nobody named one.
 
     A backend that is named, by argument or environment, is not checked against the device, so that
     it can be lowered for another machine.
     """
     names = resolve(backend)
-    return names if len(names) == 1 else tuple(n for n in names if unavailable(n) is None)
+    if len(names) == 1:
+        return names
+    return tuple(n for n in names if unavailable(n) is None and (op, n) not in UNPROVEN)
 
 
 def dispatch(
@@ -81,7 +103,10 @@ def dispatch(
     When none is left (an explicit backend is alone on its list) the last refusal propagates.
     """
     refusal = None
-    for name in resolve(backend):
+    names = resolve(backend)
+    for name in names:
+        if len(names) > 1 and (op, name) in UNPROVEN:
+            continue
         if name not in implementations:
             refusal = refusal or NotImplementedError(f"{op} has no {name!r} backend")
             continue

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
         quantization_report,
         quantize_params,
     )
-    from qserve_jax.runtime import LLM, SamplingParams
+    from qserve_jax.runtime import LLM, AsyncLLM, SamplingParams
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "QuantConfig",
     "Rule",
     "SamplingParams",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "AsyncLLM": "runtime",
     "LLM": "runtime",
     "QuantConfig": "quantization",
     "Rule": "quantization",

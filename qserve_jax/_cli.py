@@ -188,8 +188,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="of activations, embeddings and head (default: %(default)s)")
     add("--backend", choices=BACKENDS, default="auto",
         help="of the kernels; auto takes the fastest that can run (default: %(default)s)")
-    add("--attends", choices=("full", "quantized"), default="full",
-        help="K and V of a new token as its own query sees them (default: %(default)s)")
+    add("--attends", choices=("full", "quantized"), default="quantized",
+        help="K and V of new tokens as their own queries see them: as the cache holds them, or in "
+        "full as QServe does (default: %(default)s)")
+    add("--lm-head-bits", type=int, choices=(8, 16), default=16,
+        help="of the output head (default: %(default)s, as in the paper)")
     add("--max-model-len", type=whole_number(2), metavar="N",
         help="longest prompt plus completion, in tokens (default: the model's context)")
     add("--page-size", type=positive, metavar="N", default=64,
@@ -199,6 +202,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "memory goes)")
     add("--max-num-seqs", type=positive, metavar="N",
         help="sequences decoded together (default: all, at most 64)")
+    add("--max-num-batched-tokens", type=whole_number(16), metavar="N", default=8192,
+        help="prompt tokens computed at once; longer prompts are computed in chunks, with decode "
+        "steps between (default: %(default)s)")
+    add("--prefix-caching", action=argparse.BooleanOptionalAction,
+        help="prompts that begin alike share pages (default: where that changes no token: with "
+        "--attends quantized or a 16-bit cache)")
     add("--tensor-parallel-size", type=positive, metavar="N", default=1,
         help="devices to spread the model over; only 1 in this version")
     add("--seed", type=whole_number(0, 2**63 - 1), metavar="N", default=0,
@@ -221,7 +230,7 @@ def check_model_arguments(args: argparse.Namespace) -> None:
 def load(args: argparse.Namespace) -> tuple[LoadedModel, float]:
     """The model that the flags of `add_model_arguments` ask for, and the seconds it took to load.
 
-    Compilation is not in the seconds. Raises UsageError for a backend that is not there yet,
+    Compilation is not in the seconds. Raises UsageError for a backend that cannot run here,
     ValueError as `load_model` does.
     """
     if not args.debug:
@@ -269,19 +278,19 @@ def make_llm(
         max_num_seqs=args.max_num_seqs or min(num_sequences, 64),
         seed=args.seed,
         attends=args.attends,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        enable_prefix_caching=args.prefix_caching,
+        lm_head_bits=args.lm_head_bits,
         backend=backend,
     )
 
 
 def _check_backend(backend: str) -> None:
-    from qserve_jax.pallas_kernels.append_kv.api import APPEND_BACKENDS
-    from qserve_jax.pallas_kernels.paged_attention.api import ATTENTION_BACKENDS
-    from qserve_jax.pallas_kernels.w4a8_matmul.api import W4A8_BACKENDS
+    from qserve_jax.pallas_kernels.backend import unavailable
 
-    everywhere = W4A8_BACKENDS.keys() & ATTENTION_BACKENDS.keys() & APPEND_BACKENDS.keys()
-    there = ("auto", *sorted(everywhere))
-    if backend not in there:
-        raise UsageError(f"--backend {backend} is not in this version: use {' or '.join(there)}")
+    reason = None if backend == "auto" else unavailable(backend)
+    if reason is not None:
+        raise UsageError(f"--backend {backend}: {reason}; use auto or reference")
 
 
 class _OneLineHandler(logging.Handler):

@@ -1,4 +1,6 @@
-"""Measure the kernels on this GPU: `python -m qserve_jax.bench kernels`.
+"""Measure: `python -m qserve_jax.bench kernels|throughput|decode|latency`.
+
+`kernels` times the kernels on this GPU, the others serving; those run anywhere.
 
 stdout holds the table (or CSV, or JSON); progress, problems and errors go to stderr. Exit codes: 0,
 2 for wrong flags, 1 for any other error and for cases that could not be measured, 130 after Ctrl-C.
@@ -8,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qserve_jax import _cli
 from qserve_jax._cli import UsageError
+from qserve_jax.benchmarks import serving_command
 
 if TYPE_CHECKING:
     from qserve_jax.benchmarks.report import Report
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 MODELS = ("llama3-8b", "qwen2.5-7b", "llama2-7b", "llama3-70b", "qwen2.5-72b")
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 FORMATS = ("table", "csv", "json")
+BATCHES, CONTEXTS, KV_BITS = (1, 16, 64, 128, 256), (1024, 1536, 4096, 16384), (4, 8, 16)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,12 +34,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def bench(argv: Sequence[str]) -> None:
-    """Check the flags, measure, print. Raises UsageError before anything runs; RuntimeError where
-    cases could not be measured, after the results of the others are printed."""
+    """Check the flags, measure, print. Raises UsageError before anything runs, then whatever
+    measuring raises."""
     args = build_parser().parse_args(argv)
+    args.run(args)
+
+
+def bench_kernels(args: argparse.Namespace) -> None:
+    """Measure the kernels. Raises ValueError where cases could not be measured, after the results
+    of the others are printed."""
     if not args.debug:
         _cli.quiet_libraries()
-    from qserve_jax.benchmarks import plot, report
+    from qserve_jax.benchmarks import plot
+
+    if args.op == "attention":
+        return bench_attention(args)
+    from qserve_jax.benchmarks import report
 
     shapes = checked_shapes(args)
     saved = checked_save(args)
@@ -46,16 +60,61 @@ def bench(argv: Sequence[str]) -> None:
     print(report.FORMATS[args.output](found))
     if args.plot:
         plot.plot_roofline(found, args.plot)
+    _raise_problems(problems)
+
+
+def _raise_problems(problems: list[str]) -> None:
     if problems:
         more = f"; {len(problems) - 1} more above" if len(problems) > 1 else ""
         raise ValueError(f"not measured: {problems[0]}{more}")
+
+
+def bench_attention(args: argparse.Namespace) -> None:
+    """`--op attention`: as `bench`."""
+    from qserve_jax.benchmarks import attention_report as report
+    from qserve_jax.benchmarks import plot
+    from qserve_jax.benchmarks.attention import Sweep, attention_report, run_sweep
+    from qserve_jax.benchmarks.attention_cases import HEADS, decode_cases
+
+    heads = tuple(map(parse_heads, args.heads)) or HEADS
+    saved = checked_save(args)
+    if saved is not None and not report.is_attention(saved):
+        raise UsageError(f"--save {args.save} holds results of another --op: name another file")
+    if args.plot and not plot.can_plot():
+        raise UsageError("--plot needs matplotlib: pip install 'qserve_jax[plot]'")
+    found, problems = saved, []
+    if not args.no_run:
+        bits = tuple(dict.fromkeys(args.kv_bits))
+        cases = decode_cases(heads, bits, tuple(args.batch), tuple(args.context))
+
+        def run(bench: Any, backends: tuple[str, ...]) -> None:
+            bench.report = bench.report if saved else attention_report(bench.report)
+            run_sweep(Sweep(tuple(cases), backends, bits), bench)
+
+        found, problems = _measured(args, saved, run)
+    assert found is not None  # of --no-run, by checked_save
+    print(report.FORMATS[args.output](found))
+    if args.plot:
+        report.plot(found, args.plot)
+    _raise_problems(problems)
+
+
+def parse_heads(text: str) -> tuple[int, int, int]:
+    """ "32/8/128" -> (32, 8, 128): query heads, KV heads, head_dim. Raises UsageError."""
+    parts = text.split("/")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
+        raise UsageError(f"--heads {text!r}: give query heads/KV heads/head_dim, as 32/8/128")
+    n, k, h = map(int, parts)
+    if n % k or h not in (64, 128):
+        raise UsageError(f"--heads {text!r}: KV heads must divide query heads, head_dim be 64, 128")
+    return n, k, h
 
 
 def build_parser() -> _cli.Parser:
     """The flags of the command."""
     parser = _cli.Parser(
         prog="python -m qserve_jax.bench",
-        description="Measure the kernels on this GPU, beside XLA's and torch's.",
+        description="Measure the kernels on this GPU beside XLA's and torch's, or serving.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
@@ -67,7 +126,7 @@ def build_parser() -> _cli.Parser:
     )
     add, positive = kernels.add_argument, _cli.whole_number(1)
     # fmt: off
-    add("--op", choices=("matmul",), default="matmul", help="(default: %(default)s)")
+    add("--op", choices=("matmul", "attention"), default="matmul", help="(default: %(default)s)")
     add("--shapes", nargs="+", metavar="NxK", default=[],
         help="out features x in features, as 28672x4096")
     add("--model-shape", nargs="+", choices=MODELS, metavar="MODEL", default=[],
@@ -76,6 +135,14 @@ def build_parser() -> _cli.Parser:
         help=f"(default: {' '.join(map(str, TOKENS))})")
     add("--group-size", nargs="+", type=int, choices=(128, -1), default=[128, -1],
         help="input features per scale, -1 for one per channel (default: both)")
+    add("--heads", nargs="+", metavar="N/K/H", default=[],
+        help="attention: query heads/KV heads/head_dim (default: those of six models)")
+    add("--batch", nargs="+", type=positive, metavar="B", default=list(BATCHES),
+        help="attention: sequences (default: %(default)s)")
+    add("--context", nargs="+", type=positive, metavar="TOKENS", default=list(CONTEXTS),
+        help="attention: cached tokens of each (default: %(default)s)")
+    add("--kv-bits", nargs="+", type=int, choices=KV_BITS, default=list(KV_BITS),
+        help="attention: of the cache (default: all)")
     add("--backend", nargs="+", choices=_cli.BACKENDS[1:], metavar="NAME", default=[],
         help=f"{', '.join(_cli.BACKENDS[1:])} (default: the kernels that can run here)")
     add("--output", choices=FORMATS, default="table", help="(default: table)")
@@ -86,6 +153,8 @@ def build_parser() -> _cli.Parser:
     add("--quiet", action="store_true", help="only errors and warnings on stderr")
     add("--debug", action="store_true", help="tracebacks, and all JAX has to say")
     # fmt: on
+    kernels.set_defaults(run=bench_kernels)
+    serving_command.add_parsers(commands)
     return parser
 
 
@@ -111,6 +180,8 @@ def checked_save(args: argparse.Namespace) -> Report | None:
         if args.no_run:
             raise UsageError("--no-run shows saved results: name their --save FILE")
         return None
+    if args.save.is_dir():
+        raise UsageError(f"--save {args.save} is a folder: name a file in it")
     if not args.save.parent.is_dir():
         raise UsageError(f"--save {args.save}: there is no folder {args.save.parent}, make it")
     try:
@@ -119,6 +190,8 @@ def checked_save(args: argparse.Namespace) -> Report | None:
         raise UsageError(f"--save {error}") from None
     if args.no_run and saved is None:
         raise UsageError(f"--no-run: there is no file {args.save}, leave --no-run out to measure")
+    if args.no_run and not (saved and saved["ceilings"]):
+        raise UsageError(f"--no-run: {args.save} has no results yet, leave --no-run out to measure")
     return saved
 
 
@@ -127,8 +200,23 @@ def measure(
 ) -> tuple[Report, list[str]]:
     """The report, and a line for every case that could not be measured. Raises ValueError where
     this machine cannot measure, or the saved report is of another one."""
+    from qserve_jax.benchmarks.matmul import Sweep, run_sweep
+
+    def run(bench: Any, backends: tuple[str, ...]) -> None:
+        tokens, sizes = tuple(dict.fromkeys(args.tokens)), tuple(args.group_size)
+        run_sweep(Sweep(shapes, tokens, sizes, backends), bench)
+
+    return _measured(args, saved, run)
+
+
+def _measured(
+    args: argparse.Namespace,
+    saved: Report | None,
+    run: Callable[[Any, tuple[str, ...]], None],
+) -> tuple[Report, list[str]]:
+    """The report that run(bench, backends) fills, and its problems. Raises as `measure`."""
     from qserve_jax.benchmarks import clock
-    from qserve_jax.benchmarks.matmul import Bench, Sweep, run_sweep
+    from qserve_jax.benchmarks.matmul import Bench
     from qserve_jax.benchmarks.report import check_same_origin, empty_report, write_report
 
     _cli.enable_compilation_cache()
@@ -146,9 +234,8 @@ def measure(
         if not args.quiet:
             print(line, file=sys.stderr, flush=True)
 
-    sweep = Sweep(shapes, tuple(dict.fromkeys(args.tokens)), tuple(args.group_size), backends)
     bench = Bench(clock.call_times, saved or here, save, say)
-    run_sweep(sweep, bench)
+    run(bench, backends)
     return bench.report, bench.problems
 
 

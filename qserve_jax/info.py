@@ -154,16 +154,20 @@ def find_backends() -> dict[str, dict[str, Any]]:
         "paged_attention": ATTENTION_BACKENDS,
         "append_kv": APPEND_BACKENDS,
     }
-    default = backend.usable(None)
 
-    def one(table: Any, name: str) -> dict[str, Any]:
+    def one(op: str, table: Any, name: str) -> dict[str, Any]:
         there = name in table
         reason = backend.unavailable(name) if there else "not in this version"
         runs = reason is None
-        return {"runs": runs, "by_default": runs and name in default, "reason": reason}
+        return {
+            "runs": runs,
+            "by_default": runs and name in backend.usable(None, op),
+            "reason": reason,
+        }
 
     return {
-        op: {name: one(table, name) for name in backend.BACKENDS} for op, table in tables.items()
+        op: {name: one(op, table, name) for name in backend.BACKENDS}
+        for op, table in tables.items()
     }
 
 

@@ -5,6 +5,8 @@ python scripts/tune_kernels.py --model-shape llama3-8b --tokens 16 32 64 [--roun
 Starts from the heuristic's config and goes to the fastest neighbour for --rounds rounds; every
 config must give the same output bit for bit. Writes what gains over 1 % to the device's file under
 pallas_kernels/w4a8_matmul/tuned/, after every case, beside the entries that are there.
+
+With --prepared only PREPARED is measured beside the heuristic's configs, at its own sizes.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +29,39 @@ from qserve_jax.benchmarks.matmul import weight_bytes
 from qserve_jax.benchmarks.operands import copies_of, make_activation, make_weight
 from qserve_jax.benchmarks.provenance import provenance
 from qserve_jax.benchmarks.shapes import MODEL_SHAPES, TOKENS, Shape, parse_shape
-from qserve_jax.benchmarks.tune import ENOUGH, Measure, climb
+from qserve_jax.benchmarks.tune import ENOUGH, Measure, best_of, can_run, climb
+from qserve_jax.pallas_kernels.backend import default_device
 from qserve_jax.pallas_kernels.w4a8_matmul.api import W4A8_BACKENDS
+from qserve_jax.pallas_kernels.w4a8_matmul.sm90_tiles import Sm90Config
 from qserve_jax.pallas_kernels.w4a8_matmul.tuning import DESIGNS, Design, bucket, tuned_path
+
+# tokens, row_warpgroups, k_warpgroups, stages, cluster, last, lead, biased (in groups only)
+LARGE = (256, 2, 1, 5)
+PREPARED = {  # (m, n, k): configs that have not run on a GPU yet, or that a sweep left out
+    (256, 28672, 4096): [
+        *[(*LARGE, 1, 3, 0), (*LARGE, 1, 4, 2), (*LARGE, 1, 4, 3), (*LARGE, 1, 3, 2)],
+        *[(*LARGE, 1, 3, 3), (*LARGE, 1, 4, 0, 1), (*LARGE, 1, 3, 3, 1)],
+    ],
+    (512, 28672, 4096): [(*LARGE, 1, *new) for new in ((2, 0), (4, 3), (2, 2), (2, 3))],
+    (1024, 28672, 4096): [(*LARGE, *new) for new in ((2, 4, 3), (1, 4, 3), (1, 4, 0))],
+    (4096, 28672, 4096): [
+        *[(*LARGE, 2, 1, 0), (*LARGE, 2, 4, 3), (*LARGE, 2, 1, 2), (*LARGE, 2, 1, 3)],
+        *[(*LARGE, 2, 4, 0, 1), (*LARGE, 2, 1, 3, 1)],
+    ],
+    (128, 6144, 4096): [
+        *[(64, 2, 2, 6, 1, 4, 0), (64, 2, 2, 6, 1, 3, 0), (64, 2, 1, 13, 1, 3, 0)],
+        *[(32, 3, 2, 6, 1, 4, 0), (128, 1, 2, 5, 1, 4, 0), (64, 2, 2, 6, 1, 4, 0, 1)],
+    ],
+    (256, 6144, 4096): [
+        *[(128, 2, 2, 4, 1, 3, 0), (128, 2, 1, 9, 1, 3, 0), (128, 2, 1, 9, 1, 3, 3)],
+        *[(64, 3, 2, 5, 1, 4, 0), (64, 3, 1, 11, 1, 4, 0), (64, 3, 2, 5, 1, 4, 0, 1)],
+    ],
+    (512, 6144, 4096): [(*LARGE, 1, *new) for new in ((3, 0), (3, 3), (4, 3))],
+    (1024, 6144, 4096): [(*LARGE, 1, *new) for new in ((2, 0), (2, 3), (4, 3))],
+    (256, 4096, 4096): [(128, 1, 2, stages, 1, 4, 0) for stages in (4, 5)],
+    (256, 4096, 14336): [(128, 1, 2, stages, 1, 4, 0) for stages in (4, 5)],
+    (4096, 4096, 4096): [(*LARGE, 2, 4, 3), (*LARGE, 1, 4, 3)],
+}
 
 
 def make_measure(design: Design, x: Any, w: Any) -> Measure:
@@ -66,8 +99,13 @@ def make_measure(design: Design, x: Any, w: Any) -> Measure:
     return measure
 
 
-def tune(name: str, m: int, n: int, k: int, group_size: int, rounds: int) -> dict[str, Any] | None:
-    """An entry for the device's file, None where the heuristic's config is not beaten."""
+def tune(
+    name: str, m: int, n: int, k: int, group_size: int, rounds: int, prepared: Any = None
+) -> dict[str, Any] | None:
+    """An entry for the device's file, None where the heuristic's config is not beaten.
+
+    prepared: configs to measure instead of neighbours.
+    """
     design, per_group = DESIGNS[name], group_size != -1
     try:
         start = design.choose(m, n, k, per_group)
@@ -77,12 +115,16 @@ def tune(name: str, m: int, n: int, k: int, group_size: int, rounds: int) -> dic
         return None
     print(f"{name} {m=} {n=} {k=} {per_group=}", flush=True)
     w = make_weight(copies_of(int(weight_bytes(n, k, group_size))), n, k, group_size)
-    best, us, first = climb(
-        start,
-        lambda config: design.check(config, m, n, k, per_group),
-        make_measure(design, make_activation(m, k), w),
-        rounds,
-    )
+    measure = make_measure(design, make_activation(m, k), w)
+
+    def check(config: Any) -> None:
+        design.check(config, m, n, k, per_group)
+
+    if prepared is None:
+        best, us, first = climb(start, check, measure, rounds)
+    else:
+        able = [config for config in prepared if can_run(config, check) and config != start]
+        best, us, first = best_of(start, able, measure)
     print(f"{name} {m=} {n=} {k=} {per_group=}: {first:.2f} -> {us:.2f} us, {best}", flush=True)
     if us > ENOUGH * first:
         return None
@@ -112,10 +154,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--group-size", nargs="+", type=int, choices=(128, -1), default=[128, -1])
     parser.add_argument("--design", nargs="+", choices=DESIGNS, default=list(DESIGNS))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prepared", action="store_true", help="measure PREPARED and no others")
     parser.add_argument("--output", type=Path, help="default: the device's file")
     args = parser.parse_args()
-    if not args.shapes and not args.model_shape:
-        parser.error("no shape: give --shapes NxK or --model-shape MODEL")
+    if not (args.shapes or args.model_shape or args.prepared):
+        parser.error("no shape: give --shapes NxK, --model-shape MODEL or --prepared")
     if any(m < 1 or bucket(m) != m for m in args.tokens):
         parser.error(f"--tokens {args.tokens}: give powers of two, which entries are kept for")
     return args
@@ -124,16 +167,29 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     check_available()
+    output = args.output or tuned_path(default_device().device_kind)
+    for case in prepared_cases(args) if args.prepared else all_cases(args):
+        if entry := tune(*case):
+            merge(output, entry)
+
+
+def prepared_cases(args: argparse.Namespace) -> Iterator[tuple]:
+    """The arguments of `tune`."""
+    for (m, n, k), configs in PREPARED.items():
+        for group_size in args.group_size:
+            yield "wgmma", m, n, k, group_size, 0, [Sm90Config(*config) for config in configs]
+
+
+def all_cases(args: argparse.Namespace) -> Iterator[tuple]:
+    """The same."""
     shapes: list[Shape] = [*args.shapes]
     for model in args.model_shape:
         shapes += MODEL_SHAPES[model]
-    output = args.output or tuned_path(jax.devices()[0].device_kind)
     for name in args.design:
         for n, k in dict.fromkeys(shapes):
             for group_size in args.group_size:
                 for m in args.tokens:
-                    if entry := tune(name, m, n, k, group_size, args.rounds):
-                        merge(output, entry)
+                    yield name, m, n, k, group_size, args.rounds
 
 
 if __name__ == "__main__":

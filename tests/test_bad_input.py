@@ -47,7 +47,7 @@ def error_line(capsys, argv, code):
         ("--precision w3a8kv4", ["--precision", "'w3a8kv4'", "w4a8kv4", "w16a16kv16"]),
         ("--group-size 64", ["--group-size", "64", "-1, 128"]),
         ("--backend cuda", ["--backend", "'cuda'", "auto", "reference"]),
-        ("--backend mosaic_sm90", ["mosaic_sm90", "is not in this version", "auto or reference"]),
+        ("--backend mosaic_sm90", ["mosaic_sm90", "JAX computes on cpu", "auto or reference"]),
         ("--dtype int8", ["--dtype", "'int8'", "bfloat16"]),
         ("--max-model-len 1", ["--max-model-len", "'1'", "at least 2"]),
         ("--page-size 0", ["--page-size", "'0'", "at least 1"]),

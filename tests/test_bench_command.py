@@ -30,11 +30,24 @@ def no_cache(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
 
 
+def test_a_report_without_results_and_a_folder(capsys, tmp_path):
+    """What a run leaves that was stopped before its first row."""
+    path = tmp_path / "r.json"
+    report.write_report(path, FULL | {"ceilings": {}, "rows": []})
+    for flags, line in (
+        (["--no-run", "--save", str(path)], "has no results yet, leave --no-run out to measure"),
+        (["--save", str(tmp_path)], f"--save {tmp_path} is a folder: name a file in it"),
+    ):
+        assert bench.main(["kernels", *flags]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and line in err
+
+
 @pytest.mark.parametrize(
     "flags, line",
     [
         ([], "the following arguments are required: WHAT"),
-        (["decode"], "invalid choice: 'decode' (choose from 'kernels')"),
+        (["train"], "invalid choice: 'train' (choose from 'kernels', 'throughput', 'decode', 'lat"),
         (["kernels", "--shapes", "28672"], "--shapes '28672' is no shape: give NxK, as 28672x4096"),
         (["kernels", "--shapes", "64x64"], "--shapes '64x64': N must be a multiple of 64 and K"),
         (["kernels", "--tokens", "0"], "'0' is not an integer of at least 1: give one"),

@@ -48,7 +48,7 @@ def test_architecture_pipeline():
     exec(pipeline, names)
     prompt = names["m"].tokenizer.encode("Once upon a time")
     _, tokens, score = names["best_of_n"](names["params"], names["cache"], jnp.asarray(prompt))
-    llm = LLM(DEMO, max_model_len=128, num_pages=8)
+    llm = LLM(DEMO, max_model_len=128, num_pages=8, attends="full")
     samples = [
         SamplingParams(temperature=1.0, logprobs=0, seed=i, max_tokens=names["new"])
         for i in range(names["n"])

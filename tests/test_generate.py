@@ -18,7 +18,7 @@ from qserve_jax.checkpoint.export import DTYPES
 from qserve_jax.generate import build_parser, checked_arguments, engine_prompt, main
 from qserve_jax.pallas_kernels import BACKENDS
 from qserve_jax.quantization.config import PRECISIONS
-from qserve_jax.runtime import SamplingParams, engine
+from qserve_jax.runtime import SamplingParams, llm
 from qserve_jax.runtime.prompts import encode_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -182,7 +182,7 @@ def test_cache_is_as_large_as_the_prompts_need(tmp_path, monkeypatch):
 
     loaded = load_model(GOLDEN, precision="w16a16kv16", dtype="float32")
     monkeypatch.setattr(_cli, "load", lambda args: (loaded, 0.0))
-    monkeypatch.setattr(engine, "LLM", fake)
+    monkeypatch.setattr(llm, "LLM", fake)
     ids = [{"prompt_token_ids": [5] * count} for count in (3, 20)]
     argv = ["--prompts-file", write_lines(tmp_path / "p.jsonl", *ids), "--output", "json"]
 
@@ -222,10 +222,11 @@ def test_model_flags_reach_the_engine(monkeypatch):
         raise Captured(kwargs)
 
     monkeypatch.setattr(checkpoint, "load_model", fake_load)
-    monkeypatch.setattr(engine, "LLM", fake_llm)
+    monkeypatch.setattr(llm, "LLM", fake_llm)
     argv = "--prompt a --debug --model m --precision w4a8kv8 --group-size -1 --dtype float16"
     argv += " --backend reference --attends quantized --max-model-len 96 --page-size 32"
-    argv += " --num-pages 7 --seed 4"
+    argv += " --num-pages 7 --seed 4 --max-num-batched-tokens 64 --no-prefix-caching"
+    argv += " --lm-head-bits 8"
     with pytest.raises(Captured) as caught:
         main(argv.split())
     ((args, kwargs),) = loaded
@@ -244,6 +245,9 @@ def test_model_flags_reach_the_engine(monkeypatch):
         "max_num_seqs": 1,  # no more places than samples
         "seed": 4,
         "attends": "quantized",
+        "max_num_batched_tokens": 64,
+        "enable_prefix_caching": False,
+        "lm_head_bits": 8,
         "backend": "reference",
     }
 

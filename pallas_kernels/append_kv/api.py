@@ -1,12 +1,34 @@
-"""Checks and dispatch of `append_kv`."""
+"""Checks and dispatch of `append_kv` and `rope_append_kv`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from qserve_jax.pallas_kernels.append_kv import reference
-from qserve_jax.pallas_kernels.backend import check_layer, dispatch
+from qserve_jax.pallas_kernels.backend import check_layer, dispatch, usable
 from qserve_jax.quantization.qtensor import Array, KVCache
 
-APPEND_BACKENDS = {"reference": reference.append}
+
+def _mosaic() -> Any:
+    """One kernel for both Mosaic backends, from sm_80 on."""
+    from qserve_jax.pallas_kernels.append_kv import mosaic
+
+    return mosaic
+
+
+APPEND_BACKENDS = {"mosaic_sm90": _mosaic, "mosaic_mma": _mosaic, "reference": lambda: reference}
+"""Backend -> what gives the module that has `append` and `rope_append`."""
+
+
+def _run(function: str, backend: str | None, *args: Any, **kwargs: Any) -> Any:
+    """The first backend that can."""
+
+    def implementation(name: str) -> Any:
+        return lambda *a, **k: getattr(APPEND_BACKENDS[name](), function)(*a, **k)
+
+    there = {name: implementation(name) for name in usable(backend, "append_kv")}
+    return dispatch("append_kv", there, backend, *args, **kwargs)
 
 
 def append_kv(
@@ -30,4 +52,46 @@ def append_kv(
     if k.shape != expected or v.shape != expected:
         raise ValueError(f"k {k.shape} and v {v.shape} must be [tokens, K, H] = {expected}")
     check_layer(layer, "cache pages", cache.pages.shape, cache.stacked)
-    return dispatch("append_kv", APPEND_BACKENDS, backend, cache, k, v, slot_mapping, layer=layer)
+    return _run("append", backend, cache, k, v, slot_mapping, layer=layer)
+
+
+def rope_append_kv(
+    qkv: Sequence[Array],
+    cos: Array,
+    sin: Array,
+    cache: KVCache,
+    slot_mapping: Array,
+    *,
+    center: Array | None = None,
+    layer: Array | int | None = None,
+    backend: str | None = None,
+) -> tuple[Array, Array, Array, KVCache]:
+    """Rotate q and k to their positions, and append k and v (QServe section 4.2 and 5.1).
+
+    qkv: [q, k, v] float[tokens, N, H], [tokens, K, H] twice, or one float[tokens, N + 2K, H] as a
+      fused projection gives it.
+    cos, sin: f32[tokens, H/2] of each token's angles; dimension i turns with i + H/2 (rotate-half).
+    center: f32[K, H], subtracted from the rotated k (transforms/center_keys.py).
+    slot_mapping, layer: as in `append_kv`; tokens without a slot are rotated too.
+    Returns q [tokens, N, H], k, v [tokens, K, H] (q and k rotated, rounded to their dtype) and the
+    cache. What is stored is `append_kv` of these k and v bit for bit. Backends may round q and k
+    the other way, because XLA contracts a product and a sum where it likes.
+
+    Raises ValueError when shapes do not fit, or on a layer that the cache does not have.
+    """
+    tokens, kv_heads, h = slot_mapping.shape[0], cache.num_kv_heads, cache.head_dim
+    shapes = [x.shape for x in qkv]
+    heads = shapes[0][1] - (2 * kv_heads if len(qkv) == 1 else 0) if shapes else 0
+    rows = [heads, kv_heads, kv_heads] if len(qkv) == 3 else [heads + 2 * kv_heads]
+    if heads < 1 or shapes != [(tokens, count, h) for count in rows]:
+        raise ValueError(
+            f"q, k and v {shapes} must be [tokens, N, H] and twice [tokens, K, H], or one "
+            f"[tokens, N + 2K, H], with tokens={tokens}, K={kv_heads}, H={h}"
+        )
+    if cos.shape != (tokens, h // 2) or sin.shape != cos.shape:
+        raise ValueError(f"cos {cos.shape} and sin {sin.shape} must be {(tokens, h // 2)}")
+    if center is not None and center.shape != (kv_heads, h):
+        raise ValueError(f"center {center.shape} must be [K, H] = {(kv_heads, h)}")
+    check_layer(layer, "cache pages", cache.pages.shape, cache.stacked)
+    options = {"center": center, "layer": layer}
+    return _run("rope_append", backend, qkv, cos, sin, cache, slot_mapping, **options)

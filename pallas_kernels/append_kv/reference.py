@@ -1,8 +1,9 @@
-"""Append as XLA scatters. A token owns whole 32-bit words, so nothing is read first."""
+"""RoPE, and append as XLA scatters. A token owns whole 32-bit words, so nothing is read first."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
@@ -39,3 +40,38 @@ def append(
         index = (*at_layer, page, head, words[:, None, :])
     pages = cache.pages.at[index].set(values, mode="drop")
     return dataclasses.replace(cache, pages=pages)
+
+
+def rotate(x: Array, cos: Array, sin: Array, center: Array | None = None) -> Array:
+    """RoPE, rotate-half: dimensions i and i + H/2 of x [..., heads, H] are turned into each other
+    by cos, sin f32[..., H/2] of the token; then center f32[heads, H] is subtracted. In float32,
+    rounded once to the dtype of x."""
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+    return (rotated if center is None else rotated - center).astype(x.dtype)
+
+
+def split_heads(qkv: Sequence[Array], kv_heads: int) -> tuple[Array, Array, Array]:
+    """q [..., N, H], k and v [..., K, H] of [q, k, v], or of one [..., N + 2K, H]."""
+    if len(qkv) == 1:
+        heads = qkv[0].shape[-2] - 2 * kv_heads
+        qkv = jnp.split(qkv[0], [heads, heads + kv_heads], axis=-2)
+    q, k, v = qkv
+    return q, k, v
+
+
+def rope_append(
+    qkv: Sequence[Array],
+    cos: Array,
+    sin: Array,
+    cache: KVCache,
+    slot_mapping: Array,
+    *,
+    center: Array | None,
+    layer: Array | int | None,
+) -> tuple[Array, Array, Array, KVCache]:
+    """See `api.rope_append_kv`."""
+    q, k, v = split_heads(qkv, cache.num_kv_heads)
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin, center)
+    return q, k, v, append(cache, k, v, slot_mapping, layer=layer)

@@ -2,6 +2,7 @@
 
     registers     I32, F32, Predicate and what gives them
     packed        two halves or four bytes in a register
+    vectors       several words of a dtype at once
     control       if and loop of the machine
     threads       where a thread stands; threads that meet, and reduce over a warp
     memory        addresses, loads, stores
@@ -33,15 +34,23 @@ from qserve_jax.pallas_kernels.intrinsics.barriers import (
     arrive,
     arrive_in_block,
     expect_bytes,
+    fence_reads,
     init_barrier,
     publish_barriers,
     wait,
 )
-from qserve_jax.pallas_kernels.intrinsics.control import branch, loop, when
+from qserve_jax.pallas_kernels.intrinsics.control import (
+    branch,
+    branch_values,
+    loop,
+    when,
+)
 from qserve_jax.pallas_kernels.intrinsics.kernel import launch
 from qserve_jax.pallas_kernels.intrinsics.memory import (
     Address,
+    address_in_block,
     global_address,
+    load_cluster,
     load_global,
     load_shared,
     shared_address,
@@ -51,9 +60,13 @@ from qserve_jax.pallas_kernels.intrinsics.memory import (
 )
 from qserve_jax.pallas_kernels.intrinsics.packed import (
     add_bytes,
+    add_halves,
     low_bytes,
+    masked_or,
     max_magnitudes,
+    multiply_add_halves,
     pack_halves,
+    pick_bytes,
     unpack_halves,
 )
 from qserve_jax.pallas_kernels.intrinsics.registers import (
@@ -65,17 +78,22 @@ from qserve_jax.pallas_kernels.intrinsics.registers import (
     constant_float,
     exp2,
     float_bits,
+    float_maximum,
+    float_minimum,
     maximum,
     minimum,
+    multiply_add,
     opaque,
     reciprocal,
     rsqrt,
     select,
+    select_float,
     to_float,
 )
 from qserve_jax.pallas_kernels.intrinsics.target import architecture
 from qserve_jax.pallas_kernels.intrinsics.tensor_cores import (
     load_matrix,
+    mma_halves,
     mma_s8,
     transpose_halves,
     wgmma_commit,
@@ -85,17 +103,27 @@ from qserve_jax.pallas_kernels.intrinsics.tensor_cores import (
     wgmma_wait,
 )
 from qserve_jax.pallas_kernels.intrinsics.threads import (
+    any_lane,
+    arrive_at_block,
     block_index,
     cluster_rank,
+    exchange,
     set_max_registers,
     sync_block,
     sync_cluster,
     sync_warp,
     thread_index,
+    value_of_lane,
     warp_index,
     warp_max,
     warp_sum,
     warp_sum_float,
+)
+from qserve_jax.pallas_kernels.intrinsics.vectors import (
+    floats_of,
+    load_words,
+    store_words,
+    words_of,
 )
 
 __all__ = [
@@ -104,12 +132,17 @@ __all__ = [
     "I32",
     "Predicate",
     "add_bytes",
+    "add_halves",
+    "address_in_block",
+    "any_lane",
     "architecture",
     "arrive",
+    "arrive_at_block",
     "arrive_in_block",
     "bits_float",
     "block_index",
     "branch",
+    "branch_values",
     "cluster_rank",
     "commit_copies",
     "constant",
@@ -118,32 +151,46 @@ __all__ = [
     "copy_4_bytes",
     "copy_tile_to_shared",
     "copy_to_shared",
+    "exchange",
     "exp2",
     "expect_bytes",
+    "fence_reads",
     "float_bits",
+    "float_maximum",
+    "float_minimum",
+    "floats_of",
     "global_address",
     "init_barrier",
     "launch",
+    "load_cluster",
     "load_global",
     "load_matrix",
     "load_shared",
+    "load_words",
     "loop",
     "low_bytes",
+    "masked_or",
     "max_magnitudes",
     "maximum",
     "minimum",
+    "mma_halves",
     "mma_s8",
+    "multiply_add",
+    "multiply_add_halves",
     "opaque",
     "pack_halves",
+    "pick_bytes",
     "publish_barriers",
     "reciprocal",
     "rsqrt",
     "select",
+    "select_float",
     "set_max_registers",
     "shared_address",
     "store_global",
     "store_shared",
     "store_shared_words",
+    "store_words",
     "sync_block",
     "sync_cluster",
     "sync_warp",
@@ -152,6 +199,7 @@ __all__ = [
     "to_float",
     "transpose_halves",
     "unpack_halves",
+    "value_of_lane",
     "wait",
     "wait_all_copies",
     "wait_copies",
@@ -165,4 +213,5 @@ __all__ = [
     "wgmma_s8",
     "wgmma_wait",
     "when",
+    "words_of",
 ]

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
@@ -87,6 +88,11 @@ def change_in_place[R: Register](code: str, changed: Sequence[R], *args: R) -> l
         asm_dialect=0,
     )
     return [kind(llvm.extractvalue(kind.mlir_type(), result, [i])) for i in range(count)]
+
+
+def ptx_name(dtype: Any) -> str:
+    """What PTX calls bfloat16 or float16."""
+    return {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(dtype).name]
 
 
 def vector(first: int, count: int) -> str:

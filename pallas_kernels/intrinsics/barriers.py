@@ -20,6 +20,11 @@ def publish_barriers() -> None:
     do_ptx("fence.proxy.async.shared::cta;")
 
 
+def fence_reads() -> None:
+    """Before a thread lets the copy engine overwrite shared memory that it has loaded from."""
+    do_ptx("fence.proxy.async.shared::cta;")
+
+
 def arrive(barrier: I32) -> None:
     do_ptx("mbarrier.arrive.shared::cta.b64 _, [$0];", barrier)
 

@@ -9,7 +9,7 @@ from typing import Any
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import scf
 
-from qserve_jax.pallas_kernels.intrinsics._mlir import mlir_i32
+from qserve_jax.pallas_kernels.intrinsics._mlir import Register, mlir_i32
 from qserve_jax.pallas_kernels.intrinsics.registers import I32, Predicate
 
 
@@ -31,11 +31,23 @@ def branch(condition: Predicate, yes: Callable[[], None], no: Callable[[], None]
             scf.yield_([])
 
 
-def loop(count: I32, carry: Sequence[I32], body: Callable[..., Sequence[I32]]) -> list[I32]:
+def branch_values[R: Register](
+    condition: Predicate, kept: Sequence[R], changed: Callable[[], Sequence[R]]
+) -> list[R]:
+    """What `changed` gives where the condition holds, as many registers as `kept`; else those."""
+    op: Any = scf.IfOp(condition.value, [r.value.type for r in kept], has_else=True)
+    with ir.InsertionPoint(op.then_block):
+        scf.yield_([r.value for r in changed()])
+    with ir.InsertionPoint(op.else_block):
+        scf.yield_([r.value for r in kept])
+    return [type(r)(v) for r, v in zip(kept, op.results, strict=True)]
+
+
+def loop[R: Register](count: I32, carry: Sequence[R], body: Callable[..., Sequence[R]]) -> list[R]:
     """carry = body(i, carry) for i in 0..count-1; returns the last carry."""
-    values = [c.value for c in carry]
-    op: Any = scf.ForOp(mlir_i32(0), count.value, mlir_i32(1), values)
+    kinds = [type(c) for c in carry]
+    op: Any = scf.ForOp(mlir_i32(0), count.value, mlir_i32(1), [c.value for c in carry])
     with ir.InsertionPoint(op.body):
-        inner = [I32(v) for v in op.inner_iter_args]
+        inner = [kind(v) for kind, v in zip(kinds, op.inner_iter_args, strict=True)]
         scf.yield_([v.value for v in body(I32(op.induction_variable), inner)])
-    return [I32(v) for v in op.results]
+    return [kind(v) for kind, v in zip(kinds, op.results, strict=True)]

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qserve_jax.pallas_kernels.intrinsics.target import lowered_for
+from qserve_jax.pallas_kernels.intrinsics.target import for_gpus, lowered_for
 
 
 def launch(
@@ -24,11 +25,15 @@ def launch(
     barriers: int = 0,
     cluster: int = 1,
     with_context: bool = False,
+    updated: Sequence[jax.Array] = (),
     arch: tuple[int, int] | None = None,
 ) -> Any:
     """Run body(*inputs, *out, shared, barriers), given as MLIR memrefs, in every thread.
 
     out: a ShapeDtypeStruct, or a list of them; the outputs are returned likewise.
+    updated: arrays that the body gets between inputs and outputs and writes to in place (where they
+      are donated, or carried by a loop); they are returned after the outputs, of which there must
+      then be a list.
     blocks: of `warpgroups` x 128 threads. Nothing is synchronised or initialised but by the body.
     shared_bytes: of scratch, the argument `shared`.
     barriers: room for that many mbarriers; where there are none, body has no such argument.
@@ -37,7 +42,7 @@ def launch(
     arch: the compute capability to lower for, see `architecture`; None for the GPU's. With one
       output only.
 
-    Raises NotImplementedError under jax.grad.
+    Raises TypeError under jax.grad; ValueError where it is compiled for no NVIDIA GPU.
     """
     ref = plgpu.RefType()
 
@@ -54,25 +59,45 @@ def launch(
         shape |= {"num_threads": warpgroups, "thread_name": "warpgroup"}
     if cluster > 1:
         shape |= {"cluster": (cluster,), "cluster_names": ("rank",)}
+    shape |= {"grid": (blocks // cluster,), "grid_names": ("block",)}
     scratch = [plgpu.SMEM((words,), jnp.int32) for words in (shared_bytes // 4, 2 * barriers)]
+    scratch = scratch if barriers else scratch[:1]
+    params = plgpu.CompilerParams(
+        lowering_semantics=plgpu.LoweringSemantics.Lane,
+        unsafe_no_auto_barriers=True,
+        reduction_scratch_bytes=0,
+    )
+    if updated:
+        operands = _without_derivative(lambda *x: x, name)(*inputs, *updated)
+        fixed, changed = operands[: len(inputs)], operands[len(inputs) :]
+        return _update(kernel, fixed, changed, out, scratch, shape, params)
     call = plgpu.kernel(
-        kernel,
-        out_type=out,
-        grid=(blocks // cluster,),
-        grid_names=("block",),
-        scratch_types=scratch if barriers else scratch[:1],
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,
-        ),
-        **shape,
+        kernel, out_type=out, scratch_types=scratch, compiler_params=params, **shape
     )
     if arch is not None:
         call = lowered_for(arch, call, out)
     if arch is not None or with_context:  # a tensor map has the operand's own rank
         call = jax.custom_batching.sequential_vmap(call)
-    return _without_derivative(call, name)(*inputs)
+    first, *others = inputs
+    return _without_derivative(call, name)(for_gpus(first, name), *others)
+
+
+def _update(
+    kernel: Callable, fixed: Any, changed: Any, out: Any, scratch: Any, shape: dict, params: Any
+) -> list[jax.Array]:
+    """`plgpu.kernel`, and `changed` after what it wrote there.
+
+    To the kernel they are references, which JAX makes operands that alias outputs.
+    """
+
+    def body(*refs: Any) -> None:
+        axes = shape.get("thread_name", ())
+        pl.run_scoped(lambda *more: kernel(*refs, *more), *scratch, collective_axes=axes)
+
+    mesh, name = plgpu.Mesh(**shape), kernel.__name__
+    call: Any = pl.kernel(body, out_type=out, mesh=mesh, compiler_params=params, name=name)
+    refs = [jax.new_ref(x) for x in changed]
+    return [*call(*fixed, *refs), *map(jax.freeze, refs)]
 
 
 def _without_derivative(call: Callable, name: str) -> Callable:

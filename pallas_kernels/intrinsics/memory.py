@@ -13,6 +13,7 @@ from qserve_jax.pallas_kernels.intrinsics._mlir import (
     do_ptx,
     integer_type,
     mlir_i32,
+    ptx_value,
     ptx_values,
     vector,
 )
@@ -71,6 +72,16 @@ def store_global(address: Address, values: Sequence[I32]) -> None:
     """Consecutive words (1, 2 or 4), aligned to all of them."""
     count = len(values)
     do_ptx(f"st.global{_suffix(I32, count)} [$0], {vector(1, count)};", address, *values)
+
+
+def address_in_block(address: I32, rank: int) -> I32:
+    """The same address in the shared memory of the block of this rank in the cluster (Hopper)."""
+    return ptx_value(I32, "mapa.shared::cluster.u32 $0, $1, $2;", address, rank)
+
+
+def load_cluster(address: I32, offset: int = 0, *, count: int = 1) -> list[F32]:
+    """`count` (1, 2, 4) words at an `address_in_block`."""
+    return _load("shared::cluster", address, offset, count, F32)
 
 
 def _load[R: (I32, F32)](

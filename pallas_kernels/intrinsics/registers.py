@@ -90,6 +90,10 @@ class F32(Register):
     def __truediv__(self, other: F32) -> F32:
         return ptx_value(F32, "div.rn.f32 $0, $1, $2;", self, other)
 
+    def __gt__(self, other: F32) -> Predicate:
+        """False where either is NaN."""
+        return Predicate(arith.cmpf(arith.CmpFPredicate.OGT, self.value, other.value))
+
 
 def constant(value: int) -> I32:
     return I32(mlir_i32(value))
@@ -113,6 +117,16 @@ def maximum(a: I32 | int, b: I32 | int) -> I32:
     return I32(arith.maxsi(mlir_i32(a), mlir_i32(b)))
 
 
+def float_minimum(a: F32, b: F32) -> F32:
+    """The smaller; NaN where either is."""
+    return ptx_value(F32, "min.NaN.f32 $0, $1, $2;", a, b)
+
+
+def float_maximum(a: F32, b: F32) -> F32:
+    """The larger; NaN where either is."""
+    return ptx_value(F32, "max.NaN.f32 $0, $1, $2;", a, b)
+
+
 def opaque(word: I32) -> I32:
     """The word, where what is computed from it is not to be kept from an earlier time."""
     return ptx_value(I32, "mov.b32 $0, $1;", word, effect=True)
@@ -132,6 +146,15 @@ def float_bits(value: F32) -> I32:
 
 def bits_float(value: I32) -> F32:
     return F32(arith.bitcast(F32.mlir_type(), value.value))
+
+
+def select_float(condition: Predicate, yes: F32, no: F32) -> F32:
+    return F32(arith.select(condition.value, yes.value, no.value))
+
+
+def multiply_add(a: F32, b: F32, c: F32) -> F32:
+    """a * b + c, rounded once."""
+    return ptx_value(F32, "fma.rn.f32 $0, $1, $2, $3;", a, b, c)
 
 
 def exp2(x: F32) -> F32:

@@ -12,7 +12,7 @@ import jax
 from jax.core import ShapedArray
 from jax.experimental.mosaic import gpu as mgpu
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import batching, mlir
 
 # Mosaic lowers for the GPU that JAX finds, or Hopper where there is none, by this function. Here it
 # asks `architecture` first.
@@ -64,3 +64,29 @@ def _lower(ctx: Any, *args: Any, call: Callable, arch: tuple[int, int], **_: Any
 
 
 mlir.register_lowering(_lowered_for, _lower)
+
+
+def for_gpus[A: jax.Array](x: A, name: str) -> A:
+    """x, an operand of the kernel of this name: ValueError where it is compiled for no NVIDIA GPU,
+    which Mosaic would not say as clearly."""
+    return _for_gpus.bind(x, name=name)
+
+
+_for_gpus = Primitive("for_gpus")
+_for_gpus.def_impl(jax.jit(for_gpus, static_argnames="name"))
+_for_gpus.def_abstract_eval(lambda x, **_: x)
+batching.primitive_batchers[_for_gpus] = lambda args, axes, **params: (
+    _for_gpus.bind(*args, **params),
+    axes[0],
+)
+
+
+def _lower_elsewhere(ctx: Any, x: Any, *, name: str) -> Any:
+    raise ValueError(
+        f"{name} is a kernel for NVIDIA GPUs, but is compiled for "
+        f"{' and '.join(ctx.module_context.platforms)}: use backend='reference', or name no backend"
+    )
+
+
+mlir.register_lowering(_for_gpus, _lower_elsewhere)
+mlir.register_lowering(_for_gpus, lambda ctx, x, **_: [x], platform="cuda")

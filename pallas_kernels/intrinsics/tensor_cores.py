@@ -1,31 +1,37 @@
-"""Integer matrix products: mma.sync (one warp, from sm_80 on) and wgmma (a warpgroup, Hopper).
+"""Matrix products: mma.sync (one warp, from sm_80 on) and wgmma (a warpgroup, Hopper).
 
-Which lane holds which element: PTX ISA, "Matrix fragments for mma.m16n8k32" and "for wgmma".
+Which lane holds which element: PTX ISA, "Matrix fragments for mma.m16n8k32", "m16n8k16" and "for
+wgmma".
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from qserve_jax.pallas_kernels.intrinsics._mlir import (
     change_in_place,
     do_ptx,
+    ptx_name,
     ptx_value,
     ptx_values,
     vector,
 )
-from qserve_jax.pallas_kernels.intrinsics.registers import I32
+from qserve_jax.pallas_kernels.intrinsics.registers import F32, I32
 
 # A warp
 
 
-def load_matrix(address: I32, offset: int = 0) -> list[I32]:
+def load_matrix(address: I32, offset: int = 0, *, transposed: bool = False) -> list[I32]:
     """ldmatrix: four matrices of 8 rows x 16 bytes; lane l names row l % 8 of matrix l // 8.
 
     Word j of lane l is bytes 4 (l % 4) .. + 3 of row l // 4 of matrix j: for int8 rows of tokens,
     words 0, 1 and 2, 3 are the B fragments of two mma_s8 over features 0..31 and 32..63.
+
+    transposed: word j of lane l is column l // 4, rows 2 (l % 4) and the next, of 16-bit numbers.
     """
-    code = f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {vector(0, 4)}, [$4+{offset}];"
+    trans = ".trans" if transposed else ""
+    code = f"ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {vector(0, 4)}, [$4+{offset}];"
     return ptx_values(I32, 4, code, address, effect=True, convergent=True)
 
 
@@ -36,6 +42,21 @@ def mma_s8(acc: Sequence[I32], a: Sequence[I32], b: Sequence[I32]) -> list[I32]:
         f"{vector(0, 4)}, {vector(4, 4)}, {vector(8, 2)}, {vector(10, 4)};"
     )
     return ptx_values(I32, 4, code, *a, *b, *acc, convergent=True)
+
+
+def mma_halves(acc: Sequence[F32], a: Sequence[I32], b: Sequence[I32], dtype: Any) -> list[F32]:
+    """acc[4] + a[4] @ b[2], m16n8k16, bf16 or f16 (`dtype`) with sums in float32.
+
+    Of lane l, g = l // 4 and c = l % 4: a[i] is row g + 8 (i % 2), columns 2 c + 8 (i // 2) and the
+    next; b[i] is rows 2 c + 8 i and the next, column g; acc[i] is row g + 8 (i // 2), column
+    2 c + i % 2.
+    """
+    name = ptx_name(dtype)
+    code = (
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{name}.{name}.f32 "
+        f"{vector(0, 4)}, {vector(4, 4)}, {vector(8, 2)}, {vector(10, 4)};"
+    )
+    return ptx_values(F32, 4, code, *a, *b, *acc, convergent=True)
 
 
 def transpose_halves(value: I32) -> I32:
@@ -65,8 +86,12 @@ def wgmma_descriptor(address: I32) -> I32:
 _DESCRIPTOR_HIGH = 1 << 30 | 1024 >> 4  # 128-byte swizzle, stride between groups of 8 tokens
 
 
-def wgmma_s8(acc: Sequence[I32], a: Sequence[I32], descriptor: I32) -> list[I32]:
+def wgmma_s8(
+    acc: Sequence[I32], a: Sequence[I32], descriptor: I32, *, unsigned: bool = False
+) -> list[I32]:
     """Starts acc += a @ b.T: int8 [64, 32] in registers, b int8 [tokens, 32] in shared memory.
+
+    unsigned: a is uint8.
 
     acc: int32 [64, tokens] in tokens / 2 registers, as mma_s8 per warp and 8 tokens. Neither `acc`
     nor `a` may be touched until `wgmma_wait`.
@@ -76,7 +101,7 @@ def wgmma_s8(acc: Sequence[I32], a: Sequence[I32], descriptor: I32) -> list[I32]
     code = (
         f"{{ .reg .b64 b; .reg .pred add; setp.ne.b32 add, 1, 0; "
         f"mov.b64 b, {{${d + 4}, {_DESCRIPTOR_HIGH}}}; "
-        f"wgmma.mma_async.sync.aligned.m64n{2 * count}k32.s32.s8.s8 "
+        f"wgmma.mma_async.sync.aligned.m64n{2 * count}k32.s32.{'u8' if unsigned else 's8'}.s8 "
         f"{vector(0, count)}, {vector(d, 4)}, b, add; }}"
     )
     return change_in_place(code, acc, *a, descriptor)

@@ -6,7 +6,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir.dialects import arith, gpu
 
 from qserve_jax.pallas_kernels.intrinsics._mlir import do_ptx, ptx_value
-from qserve_jax.pallas_kernels.intrinsics.registers import F32, I32
+from qserve_jax.pallas_kernels.intrinsics.registers import F32, I32, Predicate, select
 
 
 def block_index() -> I32:
@@ -38,6 +38,11 @@ def sync_block(threads: int, barrier: I32 | int = 1) -> None:
     do_ptx(f"bar.sync $0, {threads};", barrier, convergent=True)
 
 
+def arrive_at_block(threads: int, barrier: int) -> None:
+    """Counts among those that meet in `sync_block`, and does not wait."""
+    do_ptx("bar.arrive $0, $1;", barrier, threads, convergent=True)
+
+
 def sync_cluster() -> None:
     """Of all threads of all blocks; shared memory written before is visible after."""
     sync_warp()
@@ -66,6 +71,26 @@ def warp_sum(value: I32) -> I32:
 def warp_sum_float(value: F32) -> F32:
     """The sum of the warp's 32 floats, in every lane with the same bits: a butterfly."""
     for lanes in (16, 8, 4, 2, 1):
-        code = f"shfl.sync.bfly.b32 $0, $1, {lanes}, 31, 0xffffffff;"
-        value += ptx_value(F32, code, value, convergent=True)
+        value += exchange(value, lanes)
     return value
+
+
+def exchange[R: (I32, F32)](value: R, lanes: int) -> R:
+    """The value of the lane whose number differs by XOR with `lanes`, a power of two below 32."""
+    code = f"shfl.sync.bfly.b32 $0, $1, {lanes}, 31, 0xffffffff;"
+    return ptx_value(type(value), code, value, convergent=True)
+
+
+def value_of_lane(value: F32, lane: I32) -> F32:
+    """The value that a lane of the warp holds; each asks for its own."""
+    code = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
+    return ptx_value(F32, code, value, lane, convergent=True)
+
+
+def any_lane(condition: Predicate) -> Predicate:
+    """Whether it holds in any lane of the warp."""
+    code = (
+        "{ .reg .pred one, all; setp.ne.b32 one, $1, 0; "
+        "vote.sync.any.pred all, one, 0xffffffff; selp.b32 $0, 1, 0, all; }"
+    )
+    return ptx_value(I32, code, select(condition, 1, 0), effect=True, convergent=True) > 0

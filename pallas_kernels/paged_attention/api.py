@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 
-from qserve_jax.pallas_kernels.backend import check_layer, dispatch
+from qserve_jax.pallas_kernels.backend import check_layer, dispatch, usable
 from qserve_jax.pallas_kernels.paged_attention import reference
 from qserve_jax.quantization.qtensor import Array, KVCache
 
-ATTENTION_BACKENDS = {"reference": reference.paged_attention}
+
+def _mosaic_sm90(q: Array, *args: Any, **kwargs: Any) -> Array:
+    """Imported when it is asked for: what it stands on is JAX's for GPUs."""
+    from qserve_jax.pallas_kernels.paged_attention import mosaic_prefill, mosaic_sm90
+
+    if q.shape[1] > 1:
+        return mosaic_prefill.attention("mosaic_sm90", q, *args, **kwargs)
+    return mosaic_sm90.decode(q, *args, **kwargs)
+
+
+def _mosaic_mma(q: Array, *args: Any, **kwargs: Any) -> Array:
+    from qserve_jax.pallas_kernels.paged_attention import mosaic_mma, mosaic_prefill
+
+    if q.shape[1] > 1:
+        return mosaic_prefill.attention("mosaic_mma", q, *args, **kwargs)
+    return mosaic_mma.decode(q, *args, **kwargs)
+
+
+def _reference(*args: Any, order: Array | None, **kwargs: Any) -> Array:
+    return reference.paged_attention(*args, **kwargs)
+
+
+ATTENTION_BACKENDS = {
+    "mosaic_sm90": _mosaic_sm90,
+    "mosaic_mma": _mosaic_mma,
+    "reference": _reference,
+}
 ATTENDS = ("full", "quantized")
 
 
@@ -50,6 +78,7 @@ def paged_attention(
     sm_scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    order: Array | None = None,
     backend: str | None = None,
 ) -> Array:
     """Causal attention of new tokens over the paged cache and each other.
@@ -64,6 +93,8 @@ def paged_attention(
       so that the result does not depend on how a prompt was split (append first).
     window: a query sees the last `window` positions, its own included. softcap: tanh cap of scores.
     sm_scale: factor of the scores, default H**-0.5.
+    order: i32[B], the rows in the order in which a kernel takes them, see `longest_first`; it
+      changes no result.
     Returns q's shape and dtype. Outputs of padding tokens are finite and meaningless.
 
     Raises ValueError when shapes do not fit. Page ids out of range are masked, not read; check
@@ -76,9 +107,11 @@ def paged_attention(
     _check(q, cache, block_table, context_lens, new_k, new_v, query_lens, attends, layer)
     if query_lens is None:
         query_lens = jnp.minimum(context_lens, q.shape[1])
+    op = "paged_attention" if q.shape[1] == 1 else "prefill_attention"
+    names = [name for name in usable(backend, op) if name in ATTENTION_BACKENDS]
     out = dispatch(
-        "paged_attention",
-        ATTENTION_BACKENDS,
+        op,
+        {name: ATTENTION_BACKENDS[name] for name in names},
         backend,
         q,
         cache,
@@ -92,8 +125,17 @@ def paged_attention(
         sm_scale=sm_scale,
         window=window,
         softcap=softcap,
+        order=order,
     )
     return out[:, 0] if single else out
+
+
+def longest_first(context_lens: Array) -> Array:
+    """The `order` i32[B] of rows by length, longest first: a ragged batch then ends together.
+
+    Once for all layers of a step, outside their scan.
+    """
+    return jnp.argsort(-context_lens).astype(jnp.int32)
 
 
 def validate_paged_inputs(cache: KVCache, block_table, context_lens) -> None:

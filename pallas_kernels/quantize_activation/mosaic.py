@@ -175,12 +175,12 @@ def _load_normalized(
         scale = scale.advance(_clamped_layer(norm, layer), p.width * _itemsize(norm.dtype))
     row = _load_row(p, t, x)
     weights = [_load_vector(p, t, scale, norm.dtype, v) for v in range(p.vectors)]
-    squares = [_tree(F32.__add__, [v * v for v in _floats(words, p.dtype)]) for words in row]
+    squares = [_tree(F32.__add__, [v * v for v in ptx.floats_of(words, p.dtype)]) for words in row]
     total = ptx.warp_sum_float(_tree(F32.__add__, squares))
     mean = _tree(F32.__add__, _all_warps(p, t, 0, total)) / ptx.constant_float(p.width)
     inverse = ptx.rsqrt(mean + ptx.constant_float(norm.eps))
     return [
-        _rounded(
+        ptx.words_of(
             [
                 v * inverse * w
                 for v, w in zip(_again(x, p.dtype), _again(w, norm.dtype), strict=True)
@@ -197,8 +197,9 @@ def _load_product(p: _Problem, t: _Thread, gate_up: Address) -> list[list[I32]]:
     up = gate.advance(1, row_bytes)
     row = []
     for v in range(p.vectors):
-        halves = (_floats(_load_vector(p, t, half, p.dtype, v), p.dtype) for half in (gate, up))
-        row.append(_rounded([_silu(g) * u for g, u in zip(*halves, strict=True)], p.dtype))
+        words = (_load_vector(p, t, half, p.dtype, v) for half in (gate, up))
+        halves = (ptx.floats_of(half, p.dtype) for half in words)
+        row.append(ptx.words_of([_silu(g) * u for g, u in zip(*halves, strict=True)], p.dtype))
     return row
 
 
@@ -225,33 +226,14 @@ def _load_vector(p: _Problem, t: _Thread, row: Address, dtype: str, v: int) -> l
     size = VECTOR * _itemsize(dtype)
     vector = t.vectors[v]
     if (v + 1) * p.threads <= p.row_vectors:
-        return _load_words(row.advance(vector, size), size)
-    words = _load_words(row.advance(ptx.minimum(vector, p.row_vectors - 1), size), size)
+        return ptx.load_words(row.advance(vector, size), size)
+    words = ptx.load_words(row.advance(ptx.minimum(vector, p.row_vectors - 1), size), size)
     return [ptx.select(vector < p.row_vectors, w, 0) for w in words]
 
 
-def _load_words(source: Address, size: int) -> list[I32]:
-    parts = (ptx.load_global(source.advance(i, 16), count=4) for i in range(size // 16))
-    return [word for part in parts for word in part]
-
-
-def _floats(words: list[I32], dtype: str) -> list[F32]:
-    if dtype == "float32":
-        return [ptx.bits_float(w) for w in words]
-    return [x for w in words for x in ptx.unpack_halves(w, dtype)]
-
-
 def _again(words: list[I32], dtype: str) -> list[F32]:
-    """`_floats`, not kept since they were last needed."""
-    return _floats([ptx.opaque(w) for w in words], dtype)
-
-
-def _rounded(values: list[F32], dtype: str) -> list[I32]:
-    """Words of the nearest numbers of a dtype."""
-    if dtype == "float32":
-        return [ptx.float_bits(v) for v in values]
-    pairs = zip(values[::2], values[1::2], strict=True)
-    return [ptx.pack_halves(low, high, dtype) for low, high in pairs]
+    """`floats_of`, not kept since they were last needed."""
+    return ptx.floats_of([ptx.opaque(w) for w in words], dtype)
 
 
 # The block together
@@ -282,7 +264,7 @@ def _scale(p: _Problem, t: _Thread, row: list[list[I32]]) -> F32:
     words = [w for vector in row for w in vector]
     if p.dtype != "float32":
         words = [_tree(lambda a, b: ptx.max_magnitudes(a, b, p.dtype), words)]
-    bits = [ptx.float_bits(x) & 0x7FFFFFFF for x in _floats(words, p.dtype)]
+    bits = [ptx.float_bits(x) & 0x7FFFFFFF for x in ptx.floats_of(words, p.dtype)]
     floor = ptx.float_bits(ptx.constant_float(MIN_ACTIVATION_ABSMAX))
     largest = _all_warps(p, t, 1, ptx.warp_max(_tree(ptx.maximum, bits)))
     absmax = ptx.bits_float(_tree(ptx.maximum, [*largest, floor]))
@@ -295,7 +277,7 @@ def _store_codes(p: _Problem, t: _Thread, codes: Address, row: list[list[I32]], 
     target = codes.advance(t.row, p.width)
     total = ptx.constant(0)
     for vector, words in zip(t.vectors, row, strict=True):
-        bits = [ptx.float_bits(v * inverse + shift) for v in _floats(words, p.dtype)]
+        bits = [ptx.float_bits(v * inverse + shift) for v in ptx.floats_of(words, p.dtype)]
         packed = [ptx.low_bytes(*bits[:4]), ptx.low_bytes(*bits[4:])]
         for word in packed:
             total = ptx.add_bytes(word, total)

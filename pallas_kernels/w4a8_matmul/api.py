@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -42,13 +43,18 @@ def _reference(
     return reference.matmul(x, w, layer=None, **kwargs)
 
 
+# Jitted, so that a call outside of any jit compiles its kernel once. Imported when asked for: what
+# they stand on is JAX's for GPUs.
+
+
+@functools.partial(jax.jit, static_argnames=("out_dtype", "config"))
 def _mosaic_sm90(*args: Any, **kwargs: Any) -> Array:
-    """Imported when it is asked for: what it stands on is JAX's for GPUs."""
     from qserve_jax.pallas_kernels.w4a8_matmul import mosaic_sm90
 
     return mosaic_sm90.matmul(*args, **kwargs)
 
 
+@functools.partial(jax.jit, static_argnames=("out_dtype", "config"))
 def _mosaic_mma(*args: Any, **kwargs: Any) -> Array:
     from qserve_jax.pallas_kernels.w4a8_matmul import mosaic_mma
 

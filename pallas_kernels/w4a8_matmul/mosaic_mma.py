@@ -59,16 +59,17 @@ def matmul(
     layer: Array | int | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     config: MmaConfig | None = None,
+    named: str = "mosaic_mma",
 ) -> Array:
     """See `api.w4a8_matmul`. The same float32 operations in the same order as the reference.
 
     w must be in the layout "mma_w4" (`layout.to_kernel_layout`). out_dtype int32: see `INT32_SUMS`.
-    config: None for the tuned one, or else the heuristic.
+    config: None for the tuned one, or else the heuristic. named: the backend that refusals name.
 
     Raises NotImplementedError on what `problem.gather` refuses; ValueError on a config that cannot
     run.
     """
-    problem, operands = gather("mosaic_mma", x, w, bias, residual, layer, out_dtype)
+    problem, operands = gather(named, x, w, bias, residual, layer, out_dtype)
     m, n, k, per_group = problem.m, problem.n, problem.k, problem.per_group
     tuned = tuned_config("mma", m, n, k, per_group)
     chosen: MmaConfig = config or tuned or choose_config(m, n, k)

@@ -59,14 +59,20 @@ def gather(
     x i8[M, K], w i32[(L,) N/64, K/128, 4, words], channel_scale and scaled_zero f32[(L,) N], bias
     f32[N], x_scale f32[M], code_sum i32[M], residual [M, N], layer i32[1].
 
-    Raises NotImplementedError on another layout than `layout.LAYOUT`, no tokens, K beyond
-    MOST_FEATURES, and other types of the output or the residual than bf16, f16 and f32.
+    Raises NotImplementedError on another layout than `layout.LAYOUT`, weights that it cannot hold
+    (per channel too K must be a multiple of 128), no tokens, K beyond MOST_FEATURES, and other
+    types of the output or the residual than bf16, f16 and f32.
     """
     k = x.codes.shape[-1]
     codes = x.codes.reshape(-1, k)
     m, n = codes.shape[0], layout.weight_shape(w)[0]
     added = None if residual is None else residual.dtype.name
     dtype = jnp.dtype(out_dtype).name
+    if w.layout == "canonical" and not layout.fits(w):
+        raise NotImplementedError(
+            f"{backend}: a weight of N={n}, K={k} cannot be packed: N must be a multiple of 64, K "
+            "and groups of 128, others are for the reference"
+        )
     if w.layout != layout.LAYOUT:
         raise NotImplementedError(
             f"{backend}: layout {w.layout!r} is not {layout.LAYOUT!r}: use prepare_for_backend"

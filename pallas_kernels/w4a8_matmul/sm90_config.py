@@ -1,58 +1,17 @@
-"""Shapes of the wgmma kernel's work, and the heuristic that chooses them."""
+"""What a config of the wgmma kernel takes, which ones can run, and the heuristic that chooses."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from qserve_jax.pallas_kernels.w4a8_matmul.layout import CODE_WORDS, FEATURES, ROWS, SCALE_WORDS
+from qserve_jax.pallas_kernels.w4a8_matmul.sm90_tiles import QUARTERS, SMS, Sm90Config, cut, grid
 
-SMS = 132
 SHARED_BYTES = 232448
-REGISTERS = 65536
-PRODUCER_REGISTERS = 24
 BUSY = 0.6
 MANY_ROUNDS = 3.5
 TOKENS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256)
 """What wgmma takes for int8."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Sm90Config:
-    """A block has row_warpgroups * k_warpgroups that multiply, and one that copies.
-
-    tokens: of a tile; each warpgroup has sums of 64 output channels x tokens.
-    row_warpgroups: beside each other along N; a block's tile has 64 * row_warpgroups channels.
-    k_warpgroups: with the same channels; they take the chunks of 128 features in turn.
-    stages: steps of k_warpgroups chunks in flight.
-    cluster: blocks beside each other along N that share the copies of x.
-    """
-
-    tokens: int
-    row_warpgroups: int
-    k_warpgroups: int
-    stages: int
-    cluster: int
-
-    @property
-    def warpgroups(self) -> int:
-        """Those that multiply."""
-        return self.row_warpgroups * self.k_warpgroups
-
-    @property
-    def rows(self) -> int:
-        return 64 * self.row_warpgroups
-
-    @property
-    def slots(self) -> int:
-        """Chunks in flight."""
-        return self.stages * self.k_warpgroups
-
-    @property
-    def registers(self) -> int:
-        """Of a thread that multiplies, after the one that copies has given its own away."""
-        threads = self.warpgroups + 1
-        equal = min(REGISTERS // (128 * threads) // 8 * 8, 248)
-        return min((equal * threads - PRODUCER_REGISTERS) // self.warpgroups // 8 * 8, 240)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,23 +34,16 @@ class SharedMemory:
     barriers: int
 
 
-def grid(config: Sm90Config, m: int, n: int) -> tuple[int, int]:
-    """Clusters, and tiles of a cluster (token tiles x groups of blocks along N) for all of them."""
-    tiles = -(-m // config.tokens) * -(-n // (config.rows * config.cluster))
-    return min(SMS // config.cluster, tiles), tiles
-
-
 def shared_memory(config: Sm90Config, m: int, n: int, per_group: bool) -> SharedMemory:
     tile = 4 * (CODE_WORDS + (SCALE_WORDS if per_group else 0))
     x_bytes = config.tokens * FEATURES
     weight_bytes = config.rows // ROWS * tile
     weights = config.slots * x_bytes
     end = weights + config.slots * weight_bytes
-    clusters, tiles = grid(config, m, n)
-    partials = 0 if tiles <= clusters else end
+    partials = 0 if cut(config, m, n).most == 1 else end
     partial_bytes = (config.k_warpgroups - 1) * config.rows * config.tokens * 4
     columns = max(end, partials + partial_bytes)
-    column_bytes = (1 if per_group else 2) * 4 * config.tokens
+    column_bytes = (1 if per_group and not config.biased else 2) * 4 * config.tokens
     return SharedMemory(
         x_bytes=x_bytes,
         weight_bytes=weight_bytes,
@@ -115,20 +67,37 @@ def _broken_rule(config: Sm90Config, m: int, n: int, per_group: bool) -> str | N
     must not come two rounds ahead of those that multiply, where the parity is the same again: what
     it waited for four chunks before keeps it from there, with four slots and whole turns of four.
     """
-    if min(dataclasses.astuple(config)) < 1:
-        return "all fields must be at least 1"
+    *sizes, lead, biased = dataclasses.astuple(config)
+    if min(sizes) < 1 or lead < 0:
+        return "all fields but lead and biased must be at least 1"
     memory = shared_memory(config, m, n, per_group)
     used = memory.size + 1024 + 8 * memory.barriers
     needs = config.tokens // 2 + 44
     part = config.tokens // config.k_warpgroups
     for holds, rule in (
         (config.tokens in TOKENS, f"tokens must be one of {TOKENS}"),
-        (config.warpgroups <= 4, "row_warpgroups * k_warpgroups must be at most 4"),
+        (config.row_warpgroups <= 4, "row_warpgroups must be at most 4"),
+        (config.warpgroups <= 6, "row_warpgroups * k_warpgroups must be at most 6"),
         (part % 8 == 0, "tokens must be a multiple of 8 k_warpgroups"),
         (config.tokens % (8 * config.cluster) == 0, "tokens must be a multiple of 8 cluster"),
         (config.cluster <= 2, "cluster must be 1 or 2: larger ones do not fill the GPU"),
         (config.k_warpgroups in (1, 2, 4), "k_warpgroups must be 1, 2 or 4, which divide 4"),
         (config.stages >= 2, "stages must be at least 2"),
+        (config.last <= QUARTERS, "last must be 1, 2, 3 or 4 quarters"),
+        (
+            config.last == QUARTERS or config.tokens in (64, 128, 256),
+            "last needs tokens of 64, 128 or 256, of which wgmma takes the quarters",
+        ),
+        (
+            config.last != 3 or (config.row_warpgroups, config.cluster) == (2, 1),
+            "last = 3 needs 2 row_warpgroups and no cluster",
+        ),
+        (
+            lead == 0 or (config.row_warpgroups > 1 and config.k_warpgroups == 1),
+            "lead needs several row_warpgroups and one k_warpgroup",
+        ),
+        (biased in ((0, 1) if per_group else (0,)), "biased must be 0, or 1 in groups"),
+        (lead < config.slots, f"lead must be below the {config.slots} chunks in flight"),
         (config.slots >= 4, "k_warpgroups * stages must be at least 4, a slot for each warp"),
         (needs <= config.registers, f"needs {needs} registers of {config.registers}"),
         (used <= SHARED_BYTES, f"takes {used} bytes of shared memory of {SHARED_BYTES}"),

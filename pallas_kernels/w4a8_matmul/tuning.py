@@ -21,8 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from qserve_jax.pallas_kernels.backend import default_device
 from qserve_jax.pallas_kernels.w4a8_matmul import mma_config, sm90_config
 
 FOLDER = Path(__file__).parent / "tuned"
@@ -66,7 +65,7 @@ Key = tuple[str, int, int, int, bool]
 
 def tuned_config(design: str, m: int, n: int, k: int, per_group: bool) -> Any | None:
     """The measured config for a product on the device where JAX computes by default, if any."""
-    entries = load_tuned(jax.devices()[0].device_kind)
+    entries = load_tuned(default_device().device_kind)
     return entries.get((design, bucket(m), n, k, per_group))
 
 

@@ -6,6 +6,7 @@ It knows nothing of a design but its dataclass: neighbours differ in one field.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -34,22 +35,39 @@ def climb(
     check raises ValueError on a config that is not to be tried. Raises RuntimeError where start
     has no time.
     """
-    (first,) = measure([start])
-    if first is None:
-        raise RuntimeError(f"{start}, the heuristic's choice, gives no time")
-    best, us, seen = start, first, {start}
+    best, us, first = best_of(start, [], measure)
+    seen = {start}
     for _ in range(rounds):
-        tried = [c for c in dict.fromkeys(neighbours(best)) if c not in seen and _valid(c, check)]
+        tried = [c for c in dict.fromkeys(neighbours(best)) if c not in seen and can_run(c, check)]
         seen.update(tried)
-        times = [(t, c) for t, c in zip(measure(tried), tried, strict=True) if t is not None]
-        fastest = min(times, key=lambda pair: pair[0], default=None)
-        if fastest is None or fastest[0] > ENOUGH * us:
+        fastest, least = _fastest(tried, measure)
+        if least > ENOUGH * us:
             break
-        us, best = fastest
+        best, us = fastest, least
     return best, us, first
 
 
-def _valid(config: Any, check: Callable[[Any], None]) -> bool:
+def best_of(start: Any, tried: Sequence[Any], measure: Measure) -> tuple[Any, float, float]:
+    """(best config, its time, the time of start) of start and those tried.
+
+    Raises RuntimeError where start has no time.
+    """
+    (first,) = measure([start])
+    if first is None:
+        raise RuntimeError(f"{start}, the heuristic's choice, gives no time")
+    fastest, least = _fastest(tried, measure)
+    return (fastest, least, first) if least < first else (start, first, first)
+
+
+def _fastest(tried: Sequence[Any], measure: Measure) -> tuple[Any, float]:
+    """Of those that have a time; infinity where none has."""
+    times = [(t, c) for t, c in zip(measure(tried), tried, strict=True) if t is not None]
+    least, fastest = min(times, key=lambda pair: pair[0], default=(math.inf, None))
+    return fastest, least
+
+
+def can_run(config: Any, check: Callable[[Any], None]) -> bool:
+    """Whether check, as in `climb`, raises nothing."""
     try:
         check(config)
     except (ValueError, ZeroDivisionError):  # the latter from fields of 0

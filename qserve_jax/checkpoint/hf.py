@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -32,13 +33,20 @@ PICKLES = ("*.bin", "*.pt", "*.pth")
 class TensorSpec:
     """One tensor as the header of its file tells it. dtype: safetensors' own name, like "BF16".
 
-    stored: where it is in a PyTorch file; None in safetensors.
+    start: its first byte in a file of safetensors. stored: where it is in a PyTorch file, None in
+      safetensors.
     """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int = 0
     stored: torch_file.StoredTensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensor in the file."""
+        return math.prod(self.shape) * np.dtype(NUMPY_DTYPES[self.dtype]).itemsize
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -169,30 +177,42 @@ def _read_header(file: Path) -> dict[str, TensorSpec]:
     check_is_file(file)
     if file.suffix == ".bin":
         index = torch_file.read_index(file)
-        return {name: TensorSpec(file, t.dtype, t.shape, t) for name, t in index.items()}
+        return {name: TensorSpec(file, t.dtype, t.shape, stored=t) for name, t in index.items()}
     try:
-        with safe_open(file, framework="numpy") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}
-            return {
-                name: TensorSpec(file, tensor.get_dtype(), tuple(tensor.get_shape()))
-                for name, tensor in slices.items()
-            }
+        with safe_open(file, framework="numpy") as tensors:  # checks offsets, sizes, the file's end
+            names = tensors.keys()
+        with file.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(length))
+        return {name: _spec(file, 8 + length, header[name]) for name in names}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{file} is truncated or corrupt ({first_line(error)}): download it again"
         ) from None
 
 
-def read_rows(name: str, spec: TensorSpec, start: int, stop: int) -> np.ndarray:
+def _spec(file: Path, data: int, entry: dict[str, Any]) -> TensorSpec:
+    """data: where in the file the tensors begin."""
+    return TensorSpec(
+        file, entry["dtype"], tuple(entry["shape"]), start=data + entry["data_offsets"][0]
+    )
+
+
+def read_rows(spec: TensorSpec, start: int, stop: int) -> np.ndarray:
     """Rows start:stop of the first axis, in the file's dtype (bfloat16 is that of ml_dtypes).
 
-    Opens the file each time: pages of a mapping that stays open would count as our memory.
+    Of safetensors a mapping of just these rows, which goes to the device without a copy on the
+    host. Drop it soon: while it lives, its pages count as our memory.
     """
+    dtype = np.dtype(NUMPY_DTYPES[spec.dtype])
     if spec.stored is not None:
-        dtype = NUMPY_DTYPES[spec.dtype]
         return torch_file.read_stored(spec.file, spec.stored, dtype, start, stop)
-    with safe_open(spec.file, framework="numpy") as tensors:
-        return tensors.get_slice(name)[start:stop]
+    shape = (stop - start, *spec.shape[1:])
+    row = dtype.itemsize * math.prod(spec.shape[1:])
+    if not math.prod(shape):
+        return np.empty(shape, dtype)
+    rows = np.memmap(spec.file, dtype, "r", offset=spec.start + start * row, shape=shape)
+    return rows if rows.flags.aligned else rows.copy()
 
 
 def torch_files(folder: Path) -> list[Path]:

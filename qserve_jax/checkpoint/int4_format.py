@@ -82,7 +82,7 @@ def check_order(specs: Mapping[str, TensorSpec], group_size: int) -> None:
         if not name.endswith(".g_idx"):
             continue
         size = spec.shape[0] if group_size == -1 else group_size
-        g_idx = read_rows(name, spec, 0, spec.shape[0])
+        g_idx = read_rows(spec, 0, spec.shape[0])
         if not np.array_equal(g_idx, np.arange(len(g_idx)) // size):
             raise CheckpointError(f"{name} orders the inputs by activation (desc_act): {CURE}")
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def save_native(
     hf = native_config(leaves, config, quant_config, "safetensors")
     with atomic_folder(path) as folder:
         copy_companions(source, folder)
-        found = native_tensors(leaves, config)
+        found = native_tensors(leaves, by_layer(config))
         write_shards(folder, tqdm(found, "Writing weights", unit="tensor", disable=not progress))
         write_json(folder / "config.json", hf)
 
@@ -138,10 +138,12 @@ def container_fields(container: Any) -> list[str]:
 
 
 def native_tensors(
-    leaves: Mapping[str, Any], config: ModelConfig
+    leaves: Mapping[str, Any], named: Iterable[tuple[str, Target]]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array on the host) of every tensor in the file, one layer at a time."""
-    for name, target in by_layer(config):
+    """(name, array on the host) of every tensor in the file, one after the other.
+
+    named: Hugging Face names and where in `leaves` (by path) they are."""
+    for name, target in named:
         leaf = leaves[target.path]
         if not is_quantized(leaf):
             yield name, float_tensor(leaf, target)

@@ -88,16 +88,17 @@ def is_valid(container: QuantizedWeight) -> jax.Array:
     finite = jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
     if not isinstance(container, W4PerGroup):
         return finite
-    value = _level_one(container, jnp)
-    return finite & (value >= -128).all() & (value <= 127).all()
+    pairs = container.codes.reshape(*container.group_scale.shape, container.group_size // 2)
+    for codes in (pairs & 15, pairs >> 4):  # not unpacked, which would need memory
+        value = _level_one(codes, container)
+        finite &= (value >= -128).all() & (value <= 127).all()
+    return finite
 
 
-def _level_one(w: W4PerGroup, xp: Any) -> Any:
-    """code * group_scale + group_offset, int32[N, K/g, g], without wrapping."""
-    codes = unpack_nibbles(w.codes).reshape(*w.group_scale.shape, w.group_size)
-    codes = xp.asarray(codes).astype(xp.int32)
-    scale, offset = xp.asarray(w.group_scale), xp.asarray(w.group_offset)
-    return codes * scale.astype(xp.int32)[..., None] + offset.astype(xp.int32)[..., None]
+def _level_one(codes: Any, w: W4PerGroup) -> Any:
+    """code * group_scale + group_offset of codes [N, K/g, ...], int32, without wrapping."""
+    scale, offset = (x.astype("int32")[..., None] for x in (w.group_scale, w.group_offset))
+    return codes.astype("int32") * scale + offset
 
 
 def explain_invalid(container: QuantizedWeight) -> str:
@@ -109,10 +110,12 @@ def explain_invalid(container: QuantizedWeight) -> str:
             n = int(np.argmin(np.isfinite(scale)))
             return f"the scale of channel {n} is {scale[n]}: use an intact checkpoint"
     assert isinstance(container, W4PerGroup)
-    value = _level_one(container, np)
+    codes = np.asarray(unpack_nibbles(container.codes))
+    grouped = codes.reshape(*container.group_scale.shape, container.group_size)
+    value = np.asarray(_level_one(grouped, container))
     n, group, i = np.argwhere((value < -128) | (value > 127))[0]
     k = int(group) * container.group_size + int(i)
-    code = int(np.asarray(unpack_nibbles(container.codes))[n, k])
+    code = int(codes[n, k])
     scale, offset = (int(x[n, group]) for x in (container.group_scale, container.group_offset))
     return (
         f"the stored code {code} of channel {n}, input {k} gives {code} * {scale} + {offset} = "

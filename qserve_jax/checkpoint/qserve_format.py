@@ -177,7 +177,7 @@ def find_s2_order(folder: Path, specs: Mapping[str, TensorSpec]) -> str:
 def _read(name: str, specs: Mapping[str, TensorSpec]) -> np.ndarray:
     if name not in specs:
         raise CheckpointError(f"{name} is missing: download the whole checkpoint")
-    return read_rows(name, specs[name], 0, specs[name].shape[0])
+    return read_rows(specs[name], 0, specs[name].shape[0])
 
 
 @functools.partial(jax.jit, static_argnames="order")

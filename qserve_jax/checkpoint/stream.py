@@ -79,7 +79,7 @@ def _read_packed(
     leaf: Any, name: str, specs: Mapping[str, TensorSpec], target: Target, packing: Packing
 ) -> Any:
     keys = [field_name(name, field.name) for field in packing.fields]
-    arrays = [read_rows(key, specs[key], 0, specs[key].shape[0]) for key in keys]
+    arrays = [read_rows(specs[key], 0, specs[key].shape[0]) for key in keys]
     where = f"{name.removesuffix('.weight')} in {specs[keys[0]].file}"
     try:
         parts = list(packing.decode(*arrays))
@@ -106,7 +106,7 @@ def _container_like(leaf: Any, parts: list[Array]) -> Any:
 
 def _read_tensor(leaf: Any, name: str, spec: TensorSpec, target: Target, scale_dtype: str) -> Any:
     for start, stop in row_blocks(spec.shape):
-        rows = read_rows(name, spec, start, stop)
+        rows = read_rows(spec, start, stop)
         is_kernel = target.is_kernel
         leaf, finite = _write(
             leaf, rows, target.layer, start, is_kernel=is_kernel, scale_dtype=scale_dtype
@@ -137,7 +137,7 @@ def _is_equal(head: TensorSpec, embedding: TensorSpec) -> bool:
         return False
     blocks = row_blocks(head.shape)
     return all(
-        read_rows(HEAD, head, *block).tobytes() == read_rows(EMBEDDING, embedding, *block).tobytes()
+        read_rows(head, *block).tobytes() == read_rows(embedding, *block).tobytes()
         for block in blocks
     )
 

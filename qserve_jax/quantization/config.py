@@ -20,6 +20,9 @@ class QuantConfig:
     kv_bits: 4, 8 (per token and KV head) or 16 (left in float).
     scale_dtype: float32, or float16 to round the channel scales of 4-bit weights to it before
       coding. They stay float32 arrays; published QServe checkpoints store them in float16.
+    round_level_one: round weights to int8 before they are coded in groups, as the paper writes (its
+      code does not). Off: unrounded weights are a little nearer, and perplexities cannot be told
+      apart (docs/results/quantize_options.json).
 
     Raises ValueError on any other value.
     """
@@ -29,6 +32,7 @@ class QuantConfig:
     act_bits: int = 8
     kv_bits: int = 4
     scale_dtype: str = "float32"
+    round_level_one: bool = False
 
     def __post_init__(self):
         for field, allowed in (

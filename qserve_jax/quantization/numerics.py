@@ -96,19 +96,19 @@ def _as_stored(scale: Array, scale_dtype: str) -> Array:
 
 
 def quantize_progressive(
-    w: Array, group_size: int, scale_dtype: str = "float32"
+    w: Array, group_size: int, scale_dtype: str = "float32", round_level_one: bool = False
 ) -> tuple[Array, Array, Array, Array]:
     """Two-level 4-bit weights (QServe section 4.1, equations 4-7).
 
     w: float[..., N, K], K a multiple of group_size.
-    Level 1: s1 = absmax / 119, u = clip(w / s1, -119, 119), not rounded.
+    Level 1: s1 = absmax / 119, u = clip(w / s1, -119, 119), rounded if round_level_one.
     Level 2, per group: s2 = max(1, round((max u - min u) / 15)),
     z = clip(round(-min u / s2), 0, 15), code = clip(round(u / s2 + z), 0, 15).
     scale_dtype: what s1 is rounded to before anything is coded with it, float32 or float16.
     Returns codes u8[..., N, K], channel_scale f32[..., N], group_scale u8[..., N, K/g],
     group_offset i8[..., N, K/g] = -z * s2.
     """
-    u, channel_scale, scale, zero = progressive_grid(w, group_size, scale_dtype)
+    u, channel_scale, scale, zero = progressive_grid(w, group_size, scale_dtype, round_level_one)
     groups = u.reshape(*scale.shape, group_size)
     codes = _asymmetric_codes(groups, scale[..., None], zero[..., None]).reshape(w.shape)
     return (
@@ -120,13 +120,14 @@ def quantize_progressive(
 
 
 def progressive_grid(
-    w: Array, group_size: int, scale_dtype: str = "float32"
+    w: Array, group_size: int, scale_dtype: str = "float32", round_level_one: bool = False
 ) -> tuple[Array, Array, Array, Array]:
     """The grid of `quantize_progressive`: u f32[..., N, K], channel_scale f32[..., N] and, per
     group, scale and zero f32[..., N, K/g] (whole numbers)."""
     w = _flush_subnormals(w)
     channel_scale = _as_stored(_symmetric_scale(w, PROTECTIVE_RANGE), scale_dtype)
     u = _clip_product(w, _divide(1, channel_scale)[..., None], PROTECTIVE_RANGE)
+    u = jnp.round(u) if round_level_one else u
     groups = u.reshape(*u.shape[:-1], u.shape[-1] // group_size, group_size)
     low, high = _range_with_zero(groups)
     scale = jnp.maximum(jnp.round(_divide(high - low, 15)), 1)

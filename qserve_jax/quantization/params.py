@@ -61,6 +61,7 @@ class Plan:
     reason: str = ""
     fallback: bool = False
     scale_dtype: str = "float32"
+    round_level_one: bool = False
 
 
 def plan(
@@ -97,7 +98,8 @@ def plan(
     if k % group_size:
         reason = f"K={k} is not a multiple of group_size={group_size}"
         return made("w4 per-channel", reason=reason, fallback=True)
-    return made("w4 per-group", group_size=group_size)
+    rounded = config.round_level_one
+    return made("w4 per-group", group_size=group_size, round_level_one=rounded)
 
 
 def _source(path: str, shape: tuple[int, ...], dtype: Any, rule: Rule) -> Source:
@@ -179,7 +181,10 @@ def quantize_params(
       A weight that is a nested Python list is no array but a tree of numbers: it stays as it is.
     rules: None takes DEFAULT_RULES, every leaf named `kernel` with at least two axes, [..., K, N].
       Trees of Flax attention need FLAX_RULES, MaxText's MAXTEXT_RULES.
-    stats: must be None; `quantize_with_statistics` (quantization/transforms) takes statistics.
+    stats: `ActivationStats` with the Hessians of the 4-bit kernels' inputs: these get their codes
+      by GPTQ instead of rounding to nearest, on the same grid. It is `quantize_with_statistics`
+      (quantization/transforms), which has more options; `collect_statistics` makes them, named
+      after the kernels.
     strict: raise where a leaf cannot be quantised as asked. Otherwise one UserWarning names all
       such leaves: 4-bit with K not a multiple of the group falls to per-channel, with K odd stays
       in float; a kernel of three or more axes named query, key, value or out is, without rules,
@@ -195,13 +200,12 @@ def quantize_params(
     section 4.1, round to nearest).
 
     Raises ValueError where a matching leaf is not float, lacks the axes its rule names or has K=0,
-    and where config is no QuantConfig.
+    where config is no QuantConfig, and where a statistic is missing or of another shape.
     """
-    if stats is not None:
-        raise ValueError(
-            f"stats={type(stats).__name__} is not read by quantize_params: call "
-            "qserve_jax.quantization.transforms.quantize_with_statistics, or pass stats=None"
-        )
+    if stats is not None:  # a module above this one, which few callers need
+        from qserve_jax.quantization.transforms.weights import quantize_with_statistics
+
+        return quantize_with_statistics(params, config, stats, rules=rules, strict=strict)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
     planned = [plan_leaf(path, leaf, config, rules) for path, leaf in leaves]
     announce_fallbacks(planned, strict)
@@ -238,7 +242,8 @@ def _quantize(w: Array, leaf_plan: Plan) -> QuantizedWeight:
     if leaf_plan.scheme == "w4 per-channel":
         codes, scale, scaled_zero = quantize_per_channel(w, leaf_plan.scale_dtype)
         return W4PerChannel(pack_nibbles(codes), scale, scaled_zero, source)
-    codes, scale, group_scale, offset = quantize_progressive(w, group_size, leaf_plan.scale_dtype)
+    options = leaf_plan.scale_dtype, leaf_plan.round_level_one
+    codes, scale, group_scale, offset = quantize_progressive(w, group_size, *options)
     return W4PerGroup(pack_nibbles(codes), scale, group_scale, offset, group_size, source)
 
 

@@ -17,6 +17,7 @@ from qserve_jax.quantization.transforms import (
     reorder_ffn,
     reorder_values,
     rotate,
+    rotate_values,
     search_smooth_attention,
     smooth_attention,
     smooth_down,
@@ -29,7 +30,9 @@ from qserve_jax.quantization.transforms.heads import AttentionConfig
 class Recipe:
     """What is done, in the order of the fields, and with what.
 
-    rotate: block-input rotation, norms folded. reorder: channels sorted by salience.
+    rotate: block-input rotation, norms folded. rotate_values: also the value heads,
+      which the demo model does not gain from (docs/results/quantize_options.json).
+    reorder: channels sorted by salience.
     center_keys: the keys' mean taken off them (not in the paper, nor in its checkpoint format).
     smooth_keys: alpha of SmoothAttention, "search" for the grid, None for none.
     smooth_outputs: alpha of block-output smoothing, None for none.
@@ -38,6 +41,7 @@ class Recipe:
     """
 
     rotate: bool = False
+    rotate_values: bool = False
     reorder: bool = False
     center_keys: bool = False
     smooth_keys: float | str | None = None
@@ -45,6 +49,17 @@ class Recipe:
     clip: bool = False
     gptq: bool = False
     quant: QuantConfig = QuantConfig()
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any step reads activations."""
+        smooths = self.smooth_keys is not None or self.smooth_outputs is not None
+        return self.reorder or self.center_keys or smooths or self.needs_hessians
+
+    @property
+    def needs_hessians(self) -> bool:
+        """Whether the weights are quantised by statistics."""
+        return self.clip or self.gptq
 
     def without(self, **changes: Any) -> Recipe:
         """The recipe with some fields changed: an ablation."""
@@ -98,7 +113,7 @@ def find_recipe(recipe: str | Recipe) -> Recipe:
 def quantize_with_recipe(
     config: AttentionConfig, params: Any, calibration: Calibration, recipe: str | Recipe
 ) -> Any:
-    """The canonical float tree -> the quantised one.
+    """The canonical float tree, or part of it (one layer), -> the quantised one.
 
     calibration: asked anew after each step that changes what flows between the layers.
     Rotation gives a tied model a head of its own, centring its keys a centre: run the result with
@@ -107,10 +122,19 @@ def quantize_with_recipe(
     """
     recipe = find_recipe(recipe)
     params = transform_with_recipe(config, params, calibration, recipe)
-    if not (recipe.clip or recipe.gptq):
-        return jax.jit(quantize_params, static_argnums=1)(params, recipe.quant)
-    stats = calibration.statistics(params, hessians=True)
+    stats = calibration.statistics(params, hessians=True) if recipe.needs_hessians else None
+    return quantize_transformed(params, stats, recipe)
+
+
+def quantize_transformed(params: Any, stats: ActivationStats | None, recipe: Recipe) -> Any:
+    """The last step: a tree of `transform_with_recipe` and its statistics, with Hessians, or None
+    where recipe.needs_hessians is false."""
+    if stats is None:
+        return _quantize_rounded(params, recipe.quant)
     return quantize_with_statistics(params, recipe.quant, stats, gptq=recipe.gptq, clip=recipe.clip)
+
+
+_quantize_rounded = jax.jit(quantize_params, static_argnums=1)
 
 
 def transform_with_recipe(
@@ -121,6 +145,8 @@ def transform_with_recipe(
     params = jax.tree.map(lambda w: w.astype(jnp.float32), params)
     if recipe.rotate:
         params = jax.jit(rotate)(params)
+    if recipe.rotate_values:
+        params = rotate_values(params, config)
     if recipe.reorder:
         stats = calibration.statistics(params)
         params = reorder_values(reorder_ffn(params, stats), config, stats)

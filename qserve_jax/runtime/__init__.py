@@ -10,9 +10,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from qserve_jax.runtime.async_llm import AsyncLLM
     from qserve_jax.runtime.decode import DecodeState, decode_loop, prefill_and_sample
-    from qserve_jax.runtime.engine import LLM, EngineStats
+    from qserve_jax.runtime.engine_stats import EngineStats, EngineStatus
     from qserve_jax.runtime.kv_cache import cache_bytes_per_token, init_cache
+    from qserve_jax.runtime.llm import LLM
     from qserve_jax.runtime.sampling import (
         SampleOutput,
         SamplingFeatures,
@@ -26,8 +28,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "DecodeState",
     "EngineStats",
+    "EngineStatus",
     "RequestOutput",
     "SampleOutput",
     "SamplingFeatures",
@@ -45,9 +49,11 @@ __all__ = [
 ]
 
 _HOME = {
-    "LLM": "engine",
+    "LLM": "llm",
+    "AsyncLLM": "async_llm",
     "DecodeState": "decode",
-    "EngineStats": "engine",
+    "EngineStats": "engine_stats",
+    "EngineStatus": "engine_stats",
     "RequestOutput": "sequence",
     "SampleOutput": "sampling",
     "SamplingFeatures": "sampling",

@@ -6,22 +6,23 @@ Shapes are padded to few sizes (powers of two), so that few programs are compile
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qserve_jax.runtime.decode import DecodeState
 from qserve_jax.runtime.sampling import (
     SamplingFeatures,
-    make_sampling_state,
     make_token_counts,
-    sampling_features,
+    sampling_arrays,
 )
 from qserve_jax.runtime.sampling_params import MAX_LOGPROBS
 from qserve_jax.runtime.sequence import Sequence
+
+if TYPE_CHECKING:
+    from qserve_jax.runtime.scheduler import Chunk
 
 MIN_PROMPT_BUCKET = 16
 MIN_PAGES_BUCKET = 4
@@ -42,15 +43,21 @@ def pad_rows(rows: Seq[Seq[int]], count: int, width: int, fill: int) -> np.ndarr
     return padded
 
 
-def pad_column(values: Seq[int], count: int) -> jax.Array:
-    """i32[count], zeros behind the values."""
-    return jnp.asarray(list(values) + [0] * (count - len(values)), jnp.int32)
+def pad_column(values: Seq[int], count: int, fill: int = 0) -> np.ndarray:
+    """i32[count], `fill` behind the values."""
+    return np.array([*values, *[fill] * (count - len(values))], np.int32)
 
 
-def prompt_array(batch: Seq[Sequence]) -> np.ndarray:
-    """The batch's prompts, i32[rows, T], right-padded to its bucket."""
-    width = power_of_two(max(len(s.prompt) for s in batch), MIN_PROMPT_BUCKET)
-    return pad_rows([s.prompt for s in batch], power_of_two(len(batch)), width, 0)
+def prompt_bucket(length: int) -> int:
+    """Tokens per row of a prefill call whose longest chunk is this."""
+    return power_of_two(length, MIN_PROMPT_BUCKET)
+
+
+def chunk_array(chunks: Seq[Chunk]) -> np.ndarray:
+    """The chunks' tokens, i32[rows, T], right-padded to their bucket."""
+    width = prompt_bucket(max(c.end - c.start for c in chunks))
+    tokens = [c.sequence.known[c.start : c.end] for c in chunks]
+    return pad_rows(tokens, power_of_two(len(chunks)), width, 0)
 
 
 def row_bucket(wanted: int, previous: int) -> int:
@@ -60,60 +67,43 @@ def row_bucket(wanted: int, previous: int) -> int:
     return previous if previous // 4 < rows <= previous else rows
 
 
-def run_features(sequences: Seq[Sequence], vocab_size: int) -> SamplingFeatures:
-    """What any sequence of a run uses, so that all its batches share one program."""
-    features = sampling_features([s.params for s in sequences])
+def bucket_features(features: SamplingFeatures, vocab_size: int) -> SamplingFeatures:
+    """With as many log-probabilities as the next bucket has."""
     if features.logprobs is None:
         return features
     bucket = next(size for size in LOGPROBS_BUCKETS if features.logprobs <= size)
     return dataclasses.replace(features, logprobs=min(bucket, vocab_size))
 
 
+def pages_bucket(batch: Iterable[Sequence], page_size: int) -> int:
+    """Columns of a block table for as long as the sequences may become."""
+    return power_of_two(max(-(-s.total_len // page_size) for s in batch), MIN_PAGES_BUCKET)
+
+
 def device_state(
-    batch: Seq[Sequence],
-    *,
-    rows: int,
-    features: SamplingFeatures,
-    page_size: int,
-    vocab_size: int,
+    batch: Seq[Sequence], *, rows: int, columns: int, lens: Seq[int], vocab_size: int | None = None
 ) -> DecodeState:
-    """The batch's state, padded to `rows`. The block table covers each sequence's whole length."""
-    pages = max(-(-s.total_len // page_size) for s in batch)
-    width = power_of_two(pages, MIN_PAGES_BUCKET)
+    """The batch's state as the host knows it, in numpy arrays (one transfer takes them all to the
+    device), padded to `rows` rows and `columns` pages.
+
+    lens: tokens of each in the cache. vocab_size: of the token counts, None for no counts.
+    """
     stops = power_of_two(max(len(s.stop_ids) for s in batch), MIN_STOPS_BUCKET)
-    sampling, _ = make_sampling_state(
-        [s.params for s in batch], [s.seed for s in batch], pad_to=rows
-    )
     counts = None
-    if features.penalties:
+    if vocab_size is not None:
         counts = make_token_counts(
             [s.prompt for s in batch],
             [s.tokens for s in batch],
             vocab_size=vocab_size,
             pad_to=rows,
         )
-    return DecodeState(
-        tokens=pad_column([s.tokens[-1] if s.tokens else 0 for s in batch], rows),
-        context_lens=pad_column([s.cached for s in batch], rows),
-        remaining=pad_column([s.limit - len(s.tokens) for s in batch], rows),
-        block_table=jnp.asarray(pad_rows([s.pages for s in batch], rows, width, -1)),
-        rope_lens=pad_column([s.total_len for s in batch], rows),
-        stop_ids=jnp.asarray(pad_rows([s.stop_ids for s in batch], rows, stops, -1)),
-        sampling=sampling,
-        counts=counts,
-    )
-
-
-def prefill_batches(sequences: Seq[Sequence], max_tokens: int) -> Iterator[list[Sequence]]:
-    """Split by padded size, so that one call computes at most max_tokens (or one prompt)."""
-    batch: list[Sequence] = []
-    longest = 0
-    for sequence in sequences:
-        longest = max(longest, len(sequence.prompt))
-        padded = power_of_two(len(batch) + 1) * power_of_two(longest, MIN_PROMPT_BUCKET)
-        if batch and padded > max_tokens:
-            yield batch
-            batch, longest = [], len(sequence.prompt)
-        batch.append(sequence)
-    if batch:
-        yield batch
+    fields: dict[str, Any] = {
+        "tokens": pad_column([s.tokens[-1] if s.tokens else 0 for s in batch], rows),
+        "context_lens": pad_column(lens, rows),
+        "remaining": pad_column([s.limit - len(s.tokens) for s in batch], rows),
+        "block_table": pad_rows([s.pages for s in batch], rows, columns, -1),
+        "rope_lens": pad_column([s.total_len for s in batch], rows),
+        "stop_ids": pad_rows([s.stop_ids for s in batch], rows, stops, -1),
+    }
+    sampling = sampling_arrays([s.params for s in batch], [s.seed for s in batch], pad_to=rows)
+    return DecodeState(**fields, sampling=sampling, counts=counts)

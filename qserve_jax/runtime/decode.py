@@ -50,11 +50,18 @@ def prefill_and_sample(
     cache: KVCache,
     prompts: Array,
     state: DecodeState,
+    query_lens: Array | None = None,
+    samples: Array | None = None,
     *,
     features: SamplingFeatures,
     attends: str = "full",
 ) -> tuple[KVCache, DecodeState, SampleOutput]:
-    """Fresh prompts i32[B, T] (right-padded, lengths in state.context_lens) -> first tokens.
+    """Prompts i32[B, T] (right-padded, lengths in state.context_lens) -> first tokens.
+
+    query_lens: i32[B], how many of a row's T tokens are real, where they are chunks of prompts
+      whose beginnings are in the cache; state.context_lens counts those too. None: fresh prompts.
+    samples: bool[B], rows whose first token is chosen; the others only fill the cache, and their
+      token is -1. Default all.
 
     Returns the cache, the state to go on from with `decode_loop` (a row whose first token is a
     stop id, or was its only one, has finished), and the SampleOutput of the first tokens.
@@ -66,12 +73,17 @@ def prefill_and_sample(
         prompts,
         state.block_table,
         state.context_lens,
+        query_lens=query_lens,
         rope_lens=state.rope_lens,
         attends=attends,
-        cached_pages=0,
+        cached_pages=0 if query_lens is None else None,
     )
     out = sample(logits, state.sampling, features, state.context_lens, state.counts)
-    return cache, advance(state, out.tokens, state.remaining > 0, appended=0), out
+    active = state.remaining > 0
+    if samples is not None:
+        active &= samples
+        out = out._replace(tokens=jnp.where(samples, out.tokens, -1))
+    return cache, advance(state, out.tokens, active, appended=0), out
 
 
 def decode_loop(
@@ -144,7 +156,7 @@ def advance(state: DecodeState, tokens: Array, active: Array, *, appended: int) 
     appended: cache entries that each active row gained by it: decoding appends the token before,
     prefill has counted the whole prompt already.
     """
-    stopped = jnp.any(tokens[:, None] == state.stop_ids, axis=1)
+    stopped = active & jnp.any(tokens[:, None] == state.stop_ids, axis=1)
     counts = state.counts
     if counts is not None:
         counts = count_tokens(counts, tokens, active)

@@ -77,6 +77,15 @@ class IncrementalDetokenizer:
         self._run.clear()
         return self._show(self._settle())
 
+    def add_all(self, ids: list[int]) -> str:
+        """Takes the tokens of a whole text, in place of `add` one by one, and returns the text.
+
+        Raises ValueError where stop strings are to be found, or tokens have been added.
+        """
+        if self._stop or self._shown or self._window:
+            raise ValueError("add_all is for a whole text without stop strings: use add")
+        return self._show(self._decode(ids))
+
     def finish(self) -> str:
         """Ends the sequence and returns what was held back."""
         if self._finished:

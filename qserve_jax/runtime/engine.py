@@ -1,387 +1,397 @@
-"""LLM: requests in, text out. In-flight batching over the paged cache, many device steps per call.
+"""Engine: in-flight batching over the paged cache, many device steps per call.
 
-The host knows every sequence; the device keeps the cache, and the state of the running batch for as
-long as nobody joins or leaves it. Batches are padded to few shapes, so that few programs are
-compiled.
+The host launches a call before it looks at what the last one brought, so that the device does not
+wait for it. Both keep what they need: the host knows every sequence as far as it has seen it, the
+device the last token of each (slots.py) and the cache. Batches are padded to few shapes, so that
+few programs are compiled.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import secrets
+import logging
 import threading
-from collections.abc import Generator, Mapping
+import time
+from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any
 
 import jax
 import numpy as np
 
-from qserve_jax.checkpoint import LoadedModel, load_model
-from qserve_jax.pallas_kernels import prepare_for_backend
-from qserve_jax.pallas_kernels.paged_attention import ATTENDS
+from qserve_jax.models.llama import CausalLM
+from qserve_jax.quantization.qtensor import KVCache, nbytes
 from qserve_jax.runtime.batch import (
+    bucket_features,
+    chunk_array,
     device_state,
-    prefill_batches,
-    prompt_array,
+    pad_column,
+    pad_rows,
+    pages_bucket,
     row_bucket,
-    run_features,
 )
 from qserve_jax.runtime.compile_time import clock
-from qserve_jax.runtime.decode import DecodeState, decode_loop, prefill_and_sample
-from qserve_jax.runtime.detokenizer import IncrementalDetokenizer
-from qserve_jax.runtime.kv_cache import default_num_pages, init_cache
+from qserve_jax.runtime.decode import DecodeState
+from qserve_jax.runtime.engine_stats import EngineStats, EngineStatus
+from qserve_jax.runtime.kv_cache import init_cache
 from qserve_jax.runtime.page_table import PagePool
-from qserve_jax.runtime.prompts import Prompt, encode_prompt
-from qserve_jax.runtime.sampling import SamplingFeatures
-from qserve_jax.runtime.sampling_params import SamplingParams, validate_vocab
-from qserve_jax.runtime.scheduler import Scheduler
-from qserve_jax.runtime.sequence import RequestOutput, Sequence, StreamOutput, take_logprobs
+from qserve_jax.runtime.sampling import (
+    SampleOutput,
+    SamplingFeatures,
+    join_features,
+    sampling_features,
+)
+from qserve_jax.runtime.scheduler import Chunk, Plan, Scheduler
+from qserve_jax.runtime.sequence import Sequence, StreamOutput, take_logprobs
+from qserve_jax.runtime.slots import Live, decode_slots, make_live, prefill_slots
 
 MAX_DECODE_STEPS = 64
-MAX_PREFILL_TOKENS = 8192
-MAX_PAGE_SIZE = 4096
+WAITING_STEPS = 16
+"""Decode steps per call while someone waits for a place."""
 STREAM_SECONDS = 0.1
-"""A stream returns from the device about this often."""
+"""A call that somebody listens to takes about this long."""
+STATUS_SECONDS = 5.0
+
+log = logging.getLogger("qserve_jax.engine")
 
 
-@dataclasses.dataclass
-class EngineStats:
-    """Counts and seconds since the LLM was made; compilation is not in the times (`compile_time`).
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call on its way: its rows, the least and most tokens of each, and where they will be."""
 
-    generated_tokens: prefill makes the first of each of the prefilled_sequences, decoding the rest.
-    attended_tokens: sum over decode steps and sequences of the cached tokens that one attends to.
-    """
-
-    prefilled_sequences: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    decode_steps: int = 0
-    attended_tokens: int = 0
+    batch: list[Sequence]
+    promised: list[tuple[int, int]]
+    out: SampleOutput
+    is_prefill: bool
+    launched: float
 
 
-@dataclasses.dataclass
-class _Run:
-    """One call of generate or stream in progress. `state` is None when the batch has changed."""
+class Engine:
+    """Sequences in, tokens out. Threads may share it: they take turns at `step`.
 
-    scheduler: Scheduler
-    features: SamplingFeatures
-    streaming: bool
-    cache_epoch: int
-    rows: int = 0
-    state: DecodeState | None = None
-    step_seconds: float | None = None
-
-
-class LLM:
-    """A model with its cache, ready to generate. vLLM's shape, JAX inside.
-
-    model: a Hugging Face directory or id, or a `LoadedModel`, which settles the next three.
-    precision, group_size: see `load_model`; w4a8kv4 in groups of 128 by default.
-    dtype: of activations, embeddings and head.
-    max_model_len: longest prompt plus completion; default the model's context.
-    page_size: tokens per cache page. num_pages: of the pool; default from free memory.
-    max_num_seqs: sequences decoded together. seed: of requests without one of their own.
-    attends: "full" or "quantized", what a query sees of the new tokens' K and V
-      (see `pallas_kernels.paged_attention`).
-    backend: of the kernels; None takes the first that can run.
-
-    Threads may share an LLM; their device calls take turns. Raises ValueError (one line) on bad
-    settings or an unusable checkpoint.
+    model, params: as `prepare_for_backend` makes them. num_pages, page_size, kv_bits: the cache.
+    max_num_seqs, max_num_batched_tokens, share_prefixes: see `Scheduler`. attends: see
+    `paged_attention`.
     """
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | LoadedModel,
-        precision: str | None = None,
-        group_size: int | None = None,
-        dtype: Any = "bfloat16",
+        model: CausalLM,
+        params: Any,
         *,
-        max_model_len: int | None = None,
-        page_size: int = 64,
-        num_pages: int | None = None,
-        max_num_seqs: int = 64,
-        seed: int | None = None,
-        attends: str = "full",
-        backend: str | None = None,
-        progress: bool = False,
+        num_pages: int,
+        page_size: int,
+        kv_bits: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        attends: str,
+        share_prefixes: bool,
     ):
-        self.max_num_seqs = checked_integer("max_num_seqs", max_num_seqs, 1)
-        page_size = checked_integer("page_size", page_size, 1, MAX_PAGE_SIZE)
-        if num_pages is not None:
-            checked_integer("num_pages", num_pages, 1)
-        if seed is not None:
-            checked_integer("seed", seed, 0, 2**64 - 1)
-        if attends not in ATTENDS:
-            raise ValueError(f"attends={attends!r} is unknown: use one of {ATTENDS}")
-        self.attends = attends
-        loaded_here = not isinstance(model, LoadedModel)
-        if not isinstance(model, LoadedModel):
-            model = load_model(
-                model,
-                precision=precision,
-                group_size=group_size,
-                dtype=dtype,
-                backend=backend,
-                progress=progress,
-            )
-        self.config, self.tokenizer = model.config, model.tokenizer
-        self.quant_config = model.quant_config
-        self.model = model.model if backend is None else model.model.clone(backend=backend)
-        self.params = prepare_for_backend(
-            model.params, self.model.backend, act_bits=self.model.act_bits, in_place=loaded_here
-        )
-        del model
-        longest = self.config.context_length
-        if max_model_len is not None:
-            checked_integer("max_model_len", max_model_len, 2, longest)
-        self.max_model_len = longest if max_model_len is None else max_model_len
-        self._next_seed = secrets.randbits(32) if seed is None else seed
-        if num_pages is None:
-            num_pages = default_num_pages(
-                self.config,
-                page_size=page_size,
-                kv_bits=self.quant_config.kv_bits,
-                dtype=self._dtype,
-                max_model_len=self.max_model_len,
-                max_num_seqs=max_num_seqs,
-            )
+        self.model, self.params, self.attends = model, params, attends
+        self.kv_bits, self.max_num_seqs = kv_bits, max_num_seqs
         self.stats = EngineStats()
         self.pool = PagePool(num_pages, page_size)
-        self._lock = threading.RLock()
-        self._cache_epoch = 0
-        self.cache = self._new_cache()
-        static = ("model", "features", "attends", "max_steps")
-        self._prefill = jax.jit(
-            prefill_and_sample, static_argnames=static[:3], donate_argnames="cache"
+        self.scheduler = Scheduler(
+            self.pool,
+            max_num_seqs,
+            max_num_batched_tokens,
+            share_prefixes=share_prefixes,
+            salted=model.config.rope.rope_type == "dynamic",
         )
-        self._decode = jax.jit(decode_loop, static_argnames=static, donate_argnames="cache")
+        static = ("model", "features", "attends", "max_steps")
+        donated = ("cache", "live")
+        self._prefill = jax.jit(prefill_slots, static_argnames=static[:3], donate_argnames=donated)
+        self._decode = jax.jit(decode_slots, static_argnames=static, donate_argnames=donated)
+        self._turn = threading.Condition()
+        self._stepping = False
+        self._arrivals: deque[Sequence] = deque()
+        self._cancelled: deque[Sequence] = deque()
+        self._calls: deque[Call] = deque()
+        self._recent: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
+        self._last_done = self._logged = 0.0
+        self._cache: KVCache | None = None
+        self._live: Live | None = None
+        self._forget_shapes()
+        self._device_arrays()
+
+    def _forget_shapes(self) -> None:
+        """Nobody is here: the next shapes follow from who comes."""
+        self._features = SamplingFeatures()
+        self._rows = self._columns = 0
+        self._decoding: tuple[list[Sequence], jax.Array, DecodeState] | None = None
+        self._step_seconds: float | None = None
+        if self._live is not None and self._live.counts is not None:
+            self._live = None
+
+    def _device_arrays(self) -> tuple[KVCache, Live]:
+        """The cache and the slots, new ones where they were lost."""
+        if self._cache is None:
+            self._cache = init_cache(
+                self.model.config,
+                num_pages=self.pool.num_pages,
+                page_size=self.pool.page_size,
+                kv_bits=self.kv_bits,
+                dtype=self.params["embed"]["embedding"].dtype,
+            )
+        counted = self._features.penalties
+        if self._live is None or (self._live.counts is None and counted):
+            new = make_live(self.max_num_seqs, self.model.config.vocab_size if counted else None)
+            if self._live is not None:  # who runs already has no penalties, nor needs counts
+                new = dataclasses.replace(self._live, counts=new.counts)
+            self._live = new
+        return self._cache, self._live
+
+    # Who comes and goes, and whose turn it is.
+
+    def add(self, sequences: Seq[Sequence]) -> None:
+        """Sequences to generate, from the next step on."""
+        self._arrivals.extend(sequences)
+
+    def cancel(self, sequences: Seq[Sequence]) -> None:
+        """Drop those that have not finished: at once, or after the step that runs."""
+        self._cancelled.extend(sequences)
+        with self._turn:
+            if not self._stepping:
+                self._accept()
+
+    def run_until(self, done: Callable[[], Any]) -> None:
+        """Step until done(), or wait for the thread that does. Raises what a step raises."""
+        with self._turn:
+            while not done():
+                if self._stepping:
+                    self._turn.wait()
+                    continue
+                self._stepping = True
+                self._turn.release()
+                try:
+                    self.step()
+                finally:
+                    self._turn.acquire()
+                    self._stepping = False
+                    if self._cancelled:
+                        self._accept()
+                    self._turn.notify_all()
 
     @property
-    def _dtype(self) -> Any:
-        return self.params["embed"]["embedding"].dtype
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self._arrivals or self.scheduler.waiting or self.scheduler.running)
 
-    def _new_cache(self):
-        return init_cache(
-            self.config,
-            num_pages=self.pool.num_pages,
-            page_size=self.pool.page_size,
-            kv_bits=self.quant_config.kv_bits,
-            dtype=self._dtype,
-        )
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the paged cache."""
+        return nbytes(self._device_arrays()[0])
 
-    def generate(
-        self,
-        prompts: Prompt | Seq[Prompt],
-        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
-    ) -> list[RequestOutput]:
-        """Generate for all prompts together; outputs in their order, n of them per prompt.
+    def _accept(self) -> None:
+        """Take note of who has come and gone."""
+        if not (self.scheduler.waiting or self.scheduler.running):
+            self._forget_shapes()
+        while self._arrivals:
+            sequence = self._arrivals.popleft()
+            features = sampling_features([sequence.params])
+            features = bucket_features(features, self.model.config.vocab_size)
+            self._features = join_features(self._features, features)
+            self._columns = max(self._columns, pages_bucket([sequence], self.pool.page_size))
+            self.scheduler.waiting.append(sequence)
+        while self._cancelled:
+            sequence = self._cancelled.popleft()
+            if not sequence.done:
+                sequence.finish_reason = "abort"
+                self.scheduler.drop(sequence)
+        if not self.scheduler.running:  # nobody is left to whom a call could bring something
+            self._calls.clear()
 
-        A prompt is a string, a list of token ids, or a list of chat messages
-        ({"role": ..., "content": ...}); a single one may be given bare. One SamplingParams
-        serves all prompts, or one each.
+    # The loop.
 
-        Raises ValueError before anything runs if any prompt or parameter is unusable, and
-        RuntimeError when the pages it needs are held by streams that are still open, or when the
-        model's logits are not finite.
+    def step(self) -> None:
+        """Launch the next calls, then look at what all but the last of them have brought.
+
+        After an exception the sequences are as the host last saw them, and wait to be computed
+        anew: a call that was interrupted may have taken the cache with it.
         """
-        start = clock()
-        sequences = self._sequences(prompts, sampling_params)
-        for _ in self._run(sequences, streaming=False):
-            pass
-        return [sequence.output(start) for sequence in sequences]
-
-    def stream(
-        self,
-        prompts: Prompt | Seq[Prompt],
-        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
-    ) -> Generator[StreamOutput]:
-        """As `generate`, but yields text as it is made. Closing it cancels the rest."""
-        return self._run(self._sequences(prompts, sampling_params), streaming=True)
-
-    def _sequences(self, prompts: Any, sampling_params: Any) -> list[Sequence]:
-        prompts = as_prompt_list(prompts)
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
-        sampling_params = list(sampling_params)
-        for params in sampling_params:
-            if not isinstance(params, SamplingParams):
-                raise ValueError(f"sampling_params holds {params!r:.60}: give SamplingParams(...)")
-        if len(sampling_params) != len(prompts):
-            raise ValueError(
-                f"{len(prompts)} prompts but {len(sampling_params)} sampling_params: "
-                "give one for all, or one each"
-            )
-        sequences = []
-        for index, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
-            try:
-                sequences += self._samples(index, prompt, params)
-            except ValueError as error:
-                which = f"prompt {index}: " if len(prompts) > 1 else ""
-                raise ValueError(f"{which}{error}") from None
-        return sequences
-
-    def _samples(self, index: int, prompt: Prompt, params: SamplingParams) -> list[Sequence]:
-        """The sequences of one request, checked: one per sample."""
-        validate_vocab(params, self.config.vocab_size)
-        ids = encode_prompt(prompt, self.tokenizer, self.config.vocab_size)
-        if len(ids) >= self.max_model_len:
-            raise ValueError(
-                f"prompt has {len(ids)} tokens but the context holds {self.max_model_len}: "
-                f"at most {self.max_model_len - 1} leave room to generate"
-            )
-        limit = min(params.max_tokens, self.max_model_len - len(ids))
-        needed = self.pool.pages_for(len(ids) + limit)
-        if needed > self.pool.num_pages:
-            raise ValueError(
-                f"prompt and max_tokens need {needed} pages of {self.pool.page_size} tokens but "
-                f"the pool has {self.pool.num_pages}: raise num_pages or lower max_tokens"
-            )
-        eos = () if params.ignore_eos else self.config.eos_token_ids
-        seed = params.seed
-        if seed is None:  # another one for each request, also of later calls
-            seed, self._next_seed = self._next_seed, self._next_seed + 1
-        return [
-            Sequence(
-                index=index,
-                sample=sample,
-                prompt=ids,
-                params=params,
-                seed=(seed + (sample << 32)) % 2**64,
-                limit=limit,
-                stop_ids=(*eos, *params.stop_token_ids),
-                detokenizer=IncrementalDetokenizer(
-                    self.tokenizer,
-                    skip_special_tokens=params.skip_special_tokens,
-                    stop=tuple(params.stop or ()),
-                    include_stop_str_in_output=params.include_stop_str_in_output,
-                ),
-            )
-            for sample in range(params.n)
-        ]
-
-    def _run(self, sequences: list[Sequence], *, streaming: bool) -> Generator[StreamOutput]:
-        """Admit, prefill, decode, retire, until everyone has finished."""
-        scheduler = Scheduler(sequences, self.pool, self.max_num_seqs)
-        features = run_features(sequences, self.config.vocab_size)
-        run = _Run(scheduler, features, streaming, self._cache_epoch)
         try:
-            while scheduler.waiting or scheduler.running:
-                with self._lock:
-                    outputs = self._step(run)
-                yield from outputs
-        finally:  # also when the caller stops listening
-            with self._lock:
-                scheduler.close()
+            self._accept()
+            launched = self._launch()
+            while len(self._calls) > launched:
+                self._process(self._calls.popleft())
+        except BaseException:
+            self._recover()
+            raise
+        self._log_status()
 
-    def _step(self, run: _Run) -> list[StreamOutput]:
-        """One prefill of everyone admitted, or one call of the decode loop."""
-        if run.cache_epoch != self._cache_epoch:
-            raise RuntimeError("the cache was lost to a call that was interrupted: start again")
-        admitted = run.scheduler.admit()
-        if admitted:
-            outputs = []
-            for batch in prefill_batches(admitted, MAX_PREFILL_TOKENS):
-                outputs += self._prefill_batch(batch, run)
-        else:
-            outputs = self._decode_batch(run)
-        if run.scheduler.retire() or admitted:
-            run.state = None
-        return outputs
+    def _recover(self) -> None:
+        self._calls.clear()
+        self.scheduler.preempt_all()
+        self.pool.forget()
+        self._cache = self._live = self._decoding = None
 
-    def _prefill_batch(self, batch: list[Sequence], run: _Run) -> list[StreamOutput]:
-        start = clock()
-        prompts = prompt_array(batch)
-        state = self._device_state(batch, len(prompts), run.features)
-        _, out = self._device_call(self._prefill, prompts, state, features=run.features)
-        self.stats.prefill_seconds += clock() - start
-        self.stats.prefilled_sequences += len(batch)
-        self.stats.prompt_tokens += sum(len(s.prompt) for s in batch)
-        for sequence in batch:
-            sequence.first_token_time = clock()
-        one_step = jax.tree.map(lambda x: x[:, None], out)
-        return [self._take(s, one_step, row, 1) for row, s in enumerate(batch)]
+    def _launch(self) -> bool:
+        """The next calls; whether there were any."""
+        plan = self.scheduler.schedule(self._most_steps(), WAITING_STEPS, drained=not self._calls)
+        if plan is None:
+            return False
+        if plan.chunks:
+            self._launch_prefill(plan.chunks)
+        if plan.steps:
+            self._launch_decode(plan)
+        return bool(plan.chunks or plan.steps)
 
-    def _decode_batch(self, run: _Run) -> list[StreamOutput]:
-        batch = run.scheduler.running
-        start = clock()
-        if run.state is None:
-            run.rows = row_bucket(len(batch), run.rows)
-            run.state = self._device_state(batch, run.rows, run.features)
-        run.state, out = self._device_call(
-            self._decode,
-            run.state,
-            decode_steps(run),
-            bool(run.scheduler.waiting),
-            features=run.features,
-            max_steps=MAX_DECODE_STEPS,
-        )
-        seconds = clock() - start
-        made = (out.tokens >= 0).sum(axis=1)[: len(batch)]
-        run.step_seconds = seconds / max(int(made.max()), 1)
-        self.stats.decode_seconds += seconds
-        self.stats.decode_steps += int(made.max())
-        cached = [s.cached for s in batch]
-        self.stats.attended_tokens += attended_tokens(cached, made, self.config.sliding_window)
-        return [self._take(s, out, row, int(made[row])) for row, s in enumerate(batch)]
+    def _most_steps(self) -> int:
+        """Decode steps of the next call: few where somebody listens."""
+        scheduler = self.scheduler
+        if not any(s.listener for s in (*scheduler.running, *scheduler.waiting)):
+            return MAX_DECODE_STEPS
+        at_once = 1 if self._step_seconds is None else int(STREAM_SECONDS / self._step_seconds)
+        return min(max(at_once, 1), MAX_DECODE_STEPS)
 
-    def _device_state(
-        self, batch: list[Sequence], rows: int, features: SamplingFeatures
-    ) -> DecodeState:
-        return device_state(
+    def _launch_prefill(self, chunks: list[Chunk]) -> None:
+        launched, batch = clock(), [c.sequence for c in chunks]
+        tokens = chunk_array(chunks)
+        rows = len(tokens)
+        # Fresh prompts that attend to themselves unquantised read no pages.
+        fresh = self.attends == "full" and all(c.start == 0 for c in chunks)
+        state = device_state(
             batch,
             rows=rows,
-            features=features,
-            page_size=self.pool.page_size,
-            vocab_size=self.config.vocab_size,
+            columns=self._columns,
+            lens=[c.end for c in chunks],
+            vocab_size=self.model.config.vocab_size if self._features.penalties else None,
         )
+        promised = [(int(c.samples), int(c.samples)) for c in chunks]
+        out = self._call(
+            self._prefill,
+            pad_column([s.slot for s in batch], rows, self.max_num_seqs),
+            tokens,
+            state,
+            None if fresh else pad_column([c.end - c.start for c in chunks], rows),
+            np.asarray([c.samples for c in chunks] + [False] * (rows - len(chunks))),
+            features=self._features,
+        )
+        self._calls.append(Call(batch, promised, out, True, launched))
+        self.stats.prompt_tokens += sum(c.end - c.start for c in chunks)
 
-    def _device_call(self, function: Any, *args: Any, **kwargs: Any) -> tuple[DecodeState, Any]:
-        """Run a donating function on the cache; returns the new state and the outputs as numpy.
+    def _launch_decode(self, plan: Plan) -> None:
+        launched, batch = clock(), plan.decoding
+        rows = self._rows = row_bucket(len(batch), self._rows)
+        slots, state = self._decode_arrays(batch, rows)
+        yields = bool(self.scheduler.waiting)  # as soon as somebody's place is free
+        out = self._call(
+            self._decode,
+            slots,
+            state,
+            plan.steps,
+            yields,
+            features=self._features,
+            max_steps=MAX_DECODE_STEPS,
+        )
+        promised = [s.promise(1 if yields else plan.steps, plan.steps) for s in batch]
+        self._calls.append(Call(batch, promised, out, False, launched))
 
-        An exception (a Ctrl-C, say) may come after the cache has been given away. Then there is a
-        new one, and runs that had pages in the old one must end.
-        """
-        try:
-            self.cache, state, out = function(
-                self.model, self.params, self.cache, *args, attends=self.attends, **kwargs
-            )
-            return state, jax.device_get(out)
-        except BaseException:
-            if self.cache.pages.is_deleted():
-                self.cache = self._new_cache()
-                self._cache_epoch += 1
-            raise
+    def _decode_arrays(self, batch: list[Sequence], rows: int) -> tuple[jax.Array, DecodeState]:
+        """Slots and state of a decode call. While nobody comes or goes, only pages change."""
+        if self._decoding is not None and self._decoding[0] == batch:
+            _, slots, state = self._decoding
+            table = pad_rows([s.pages for s in batch], rows, self._columns, -1)
+            state = dataclasses.replace(state, block_table=jax.device_put(table))
+        else:
+            slots = pad_column([s.slot for s in batch], rows, self.max_num_seqs)
+            state = device_state(batch, rows=rows, columns=self._columns, lens=[0] * len(batch))
+            slots, state = jax.device_put((slots, state))
+        self._decoding = batch, slots, state
+        return slots, state
 
-    def _take(self, sequence: Sequence, out: Any, row: int, count: int) -> StreamOutput:
+    def _call(self, function: Any, *args: Any, **kwargs: Any) -> SampleOutput:
+        """Launch a function that is given the cache and the slots, and gives them back."""
+        cache, live = self._device_arrays()
+        self._cache, self._live, out = function(
+            self.model, self.params, cache, live, *args, attends=self.attends, **kwargs
+        )
+        return out
+
+    # What calls bring.
+
+    def _process(self, call: Call) -> None:
+        """Wait for a call, and hand its tokens to its sequences."""
+        out = jax.device_get(call.out)
+        now = clock()
+        seconds, self._last_done = now - max(call.launched, self._last_done), now
+        made = (out.tokens >= 0).sum(axis=1)[: len(call.batch)]
+        self._count(call, seconds, made)
+        for row, (sequence, promised) in enumerate(zip(call.batch, call.promised, strict=True)):
+            sequence.redeem(promised)
+            if made[row] and not sequence.done:
+                self._take(sequence, out, row, int(made[row]), now)
+
+    def _count(self, call: Call, seconds: float, made: np.ndarray) -> None:
+        stats = self.stats
+        stats.shared_tokens = self.scheduler.shared_tokens
+        stats.preemptions = self.scheduler.preemptions
+        if call.is_prefill:
+            stats.prefill_seconds += seconds
+            stats.prefilled_sequences += int(made.sum())
+            return
+        steps = int(made.max())
+        self._step_seconds = seconds / max(steps, 1)
+        stats.decode_seconds += seconds
+        stats.decode_steps += steps
+        cached = [s.cached for s in call.batch]
+        window = self.model.config.sliding_window
+        stats.attended_tokens += attended_tokens(cached, made, window)
+
+    def _take(self, sequence: Sequence, out: Any, row: int, count: int, now: float) -> None:
         """Move `count` tokens of a SampleOutput's row to the sequence, up to where it ends."""
         first, text = len(sequence.tokens), ""
+        tokens, finite = out.tokens[row].tolist(), out.finite[row].tolist()
         for step in range(count):
-            if not out.finite[row, step]:
-                raise RuntimeError(
-                    f"prompt {sequence.index}: the model's logits at token {len(sequence.tokens)} "
-                    f"are not finite in {self._dtype}: use dtype bfloat16 or float32"
-                )
-            logprobs = take_logprobs(out, row, step, sequence.params)
-            text += sequence.append(int(out.tokens[row, step]), logprobs)
-            if sequence.finish_reason is not None:  # a stop string ends before the device does
+            if not finite[step]:
+                sequence.error = not_finite(sequence, self.params["embed"]["embedding"].dtype)
+                sequence.finish_reason = "error"
                 break
-        sequence.end_time = clock()
+            text += sequence.append(tokens[step], take_logprobs(out, row, step, sequence.params))
+            if sequence.done:  # a stop string ends before the device does
+                break
+        sequence.first_token_time = sequence.first_token_time or now
+        sequence.end_time = now
         new = sequence.tokens[first:]
         self.stats.generated_tokens += len(new)
-        return StreamOutput(sequence.index, sequence.sample, text, new, sequence.finish_reason)
+        self.scheduler.share_generated(sequence)
+        if sequence.done:
+            self.scheduler.drop(sequence)
+        if sequence.listener is not None and (sequence.streams or sequence.done):
+            reason = sequence.finish_reason
+            sequence.listener(StreamOutput(sequence.index, sequence.sample, text, new, reason))
+
+    def status(self) -> EngineStatus:
+        """What the engine is doing."""
+        now, made = time.monotonic(), self.stats.generated_tokens
+        self._recent.append((now, made))
+        while len(self._recent) > 2 and self._recent[1][0] < now - STATUS_SECONDS:
+            self._recent.popleft()
+        since, before = self._recent[0]
+        prompt = self.stats.prompt_tokens + self.scheduler.shared_tokens
+        return EngineStatus(
+            queue=len(self._arrivals) + len(self.scheduler.waiting),
+            running=len(self.scheduler.running),
+            pages_used=self.pool.num_pages - self.pool.free_pages,
+            num_pages=self.pool.num_pages,
+            prefix_hit_rate=self.scheduler.shared_tokens / max(prompt, 1),
+            tokens_per_second=(made - before) / max(now - since, 1e-9),
+            preemptions=self.scheduler.preemptions,
+        )
+
+    def _log_status(self) -> None:
+        if time.monotonic() - self._logged >= STATUS_SECONDS:
+            self._logged = time.monotonic()
+            log.info("%s", self.status())
 
 
-def decode_steps(run: _Run) -> int:
-    """Steps of the next device call: all that may be needed, in a stream STREAM_SECONDS' worth."""
-    steps = max(s.limit - len(s.tokens) for s in run.scheduler.running)
-    if run.streaming:
-        at_once = 1 if run.step_seconds is None else int(STREAM_SECONDS / run.step_seconds)
-        steps = min(steps, max(at_once, 1))
-    return min(steps, MAX_DECODE_STEPS)
+def not_finite(sequence: Sequence, dtype: Any) -> RuntimeError:
+    """The error of a sequence whose next token could not be chosen."""
+    return RuntimeError(
+        f"prompt {sequence.index}: the model's logits at token {len(sequence.tokens)} "
+        f"are not finite in {dtype}: use dtype bfloat16 or float32"
+    )
 
 
 def attended_tokens(cached: Seq[int], made: np.ndarray, window: int | None) -> int:
@@ -389,31 +399,3 @@ def attended_tokens(cached: Seq[int], made: np.ndarray, window: int | None) -> i
     steps = np.arange(1, made.max() + 1)
     lens = np.minimum(np.asarray(cached)[:, None] + steps, np.inf if window is None else window)
     return int(lens[steps <= made[:, None]].sum())
-
-
-def as_prompt_list(prompts: Any) -> list[Prompt]:
-    """One bare prompt (a string, token ids, chat messages) or several, as a list of prompts.
-
-    Raises ValueError on anything else.
-    """
-    if hasattr(prompts, "tolist"):  # a numpy or JAX array of token ids
-        prompts = prompts.tolist()
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Seq):
-        raise ValueError(f"prompt {prompts!r:.60} must be text, token ids or chat messages")
-    if prompts and isinstance(prompts[0], (int, np.integer, Mapping)):
-        return [prompts]
-    for prompt in prompts:
-        if isinstance(prompt, (bytes, Mapping)) or not isinstance(prompt, Seq):
-            raise ValueError(f"prompt {prompt!r:.60} must be text, token ids or chat messages")
-    return list(prompts)
-
-
-def checked_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """The value. Raises ValueError where it is no integer from low to high."""
-    integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not integer or value < low or (high is not None and value > high):
-        limit = f"an integer of at least {low}" if high is None else f"an integer in {low}..{high}"
-        raise ValueError(f"{name}={value!r:.40} must be {limit}")
-    return int(value)

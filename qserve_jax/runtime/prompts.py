@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+
+
+def as_prompt_list(prompts: Any) -> list[Prompt]:
+    """One bare prompt (a string, token ids, chat messages) or several, as a list of prompts.
+
+    Raises ValueError on anything else.
+    """
+    if hasattr(prompts, "tolist"):  # a numpy or JAX array of token ids
+        prompts = prompts.tolist()
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Sequence):
+        raise ValueError(f"prompt {prompts!r:.60} must be text, token ids or chat messages")
+    if prompts and isinstance(prompts[0], (int, np.integer, Mapping)):
+        return [prompts]
+    for prompt in prompts:
+        if isinstance(prompt, (bytes, Mapping)) or not isinstance(prompt, Sequence):
+            raise ValueError(f"prompt {prompt!r:.60} must be text, token ids or chat messages")
+    return list(prompts)
 
 
 def encode_prompt(prompt: Any, tokenizer: Any, vocab_size: int) -> list[int]:

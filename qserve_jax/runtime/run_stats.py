@@ -11,8 +11,8 @@ import jax
 
 from qserve_jax.quantization.qtensor import W4PerChannel, W4PerGroup, is_quantized, nbytes
 from qserve_jax.runtime.compile_time import compile_time
-from qserve_jax.runtime.engine import LLM
 from qserve_jax.runtime.kv_cache import cache_bytes_per_token
+from qserve_jax.runtime.llm import LLM
 
 
 def run_stats(llm: LLM, load_seconds: float, first_tokens: Sequence[float]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -208,6 +208,14 @@ def make_sampling_state(
 
     Raises ValueError if the lengths differ, exceed `pad_to`, or a seed is out of range.
     """
+    state = sampling_arrays(params, seeds, pad_to=pad_to)
+    return jax.tree.map(jnp.asarray, state), sampling_features(params)
+
+
+def sampling_arrays(
+    params: Sequence[SamplingParams], seeds: Sequence[int], *, pad_to: int
+) -> SamplingState:
+    """The state of `make_sampling_state`, of numpy arrays."""
     if len(seeds) != len(params):
         raise ValueError(f"{len(params)} params but {len(seeds)} seeds: pass one seed per request")
     if len(params) > pad_to:
@@ -218,23 +226,23 @@ def make_sampling_state(
     rows = [*params, *[SamplingParams()] * padding]
     words = [(int(seed) >> 32, int(seed) & 0xFFFFFFFF) for seed in [*seeds, *[0] * padding]]
 
-    def column(field: str) -> Array:
-        return jnp.asarray([getattr(row, field) for row in rows], jnp.float32)
+    def column(field: str) -> Any:
+        return np.array([getattr(row, field) for row in rows], np.float32)
 
     bias_ids, bias_values = _bias_arrays([row.logit_bias or {} for row in rows])
-    state = SamplingState(
+    fields: Any = dict(
         temperature=column("temperature"),
-        top_k=jnp.asarray([min(row.top_k, 2**31 - 1) for row in rows], jnp.int32),
+        top_k=np.array([min(row.top_k, 2**31 - 1) for row in rows], np.int32),
         top_p=column("top_p"),
         min_p=column("min_p"),
         repetition_penalty=column("repetition_penalty"),
         presence_penalty=column("presence_penalty"),
         frequency_penalty=column("frequency_penalty"),
-        seed=jnp.asarray(np.array(words, np.uint32).reshape(pad_to, 2)),
-        bias_ids=jnp.asarray(bias_ids),
-        bias_values=jnp.asarray(bias_values),
+        seed=np.array(words, np.uint32).reshape(pad_to, 2),
+        bias_ids=bias_ids,
+        bias_values=bias_values,
     )
-    return state, sampling_features(params)
+    return SamplingState(**fields)
 
 
 def _bias_arrays(biases: Sequence[dict[int, float]]) -> tuple[np.ndarray, np.ndarray]:
@@ -261,6 +269,18 @@ def sampling_features(params: Sequence[SamplingParams]) -> SamplingFeatures:
         ),
         bias=any(p.logit_bias for p in params),
         logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
+    )
+
+
+def join_features(a: SamplingFeatures, b: SamplingFeatures) -> SamplingFeatures:
+    """What either uses."""
+    logprobs = [f.logprobs for f in (a, b) if f.logprobs is not None]
+    return SamplingFeatures(
+        greedy=a.greedy and b.greedy,
+        filters=a.filters or b.filters,
+        penalties=a.penalties or b.penalties,
+        bias=a.bias or b.bias,
+        logprobs=max(logprobs, default=None),
     )
 
 

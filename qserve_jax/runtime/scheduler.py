@@ -1,66 +1,206 @@
-"""Who waits, who runs, and the pages they hold. First come, first served."""
+"""Who waits, who runs, and the pages they hold. First come, first served.
+
+Sequences get the pages that the next device call may write, not all they may ever need. When the
+pool runs dry the one that came last gives its pages back and waits again, at the front: what it had
+is computed anew from the tokens that the host knows.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
-from collections.abc import Iterable
 
-from qserve_jax.runtime.page_table import PagePool
+from qserve_jax.runtime.batch import power_of_two, prompt_bucket
+from qserve_jax.runtime.page_table import PagePool, page_keys
 from qserve_jax.runtime.sequence import Sequence
+
+WATERMARK = 0.01
+"""Part of the pool that admission leaves free for those that run, so that they can grow."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Prefill's next tokens of a sequence, known[start:end].
+
+    samples: this is the end of a fresh prompt, after which its first token is chosen. What had
+    tokens before it was preempted goes on from the last of them.
+    """
+
+    sequence: Sequence
+    start: int
+    end: int
+    samples: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The next calls: one prefill of `chunks`, then up to `steps` decode steps of `decoding`."""
+
+    chunks: list[Chunk]
+    decoding: list[Sequence]
+    steps: int
 
 
 class Scheduler:
-    """The sequences of one call of the engine.
+    """The sequences of an engine: `waiting`, then `running` until finished, preempted or dropped.
 
-    A sequence is admitted when the pool has pages for its whole length, so that it never has to
-    wait or give way once it runs.
+    max_num_batched_tokens: most tokens of a prefill call, padding included; at least
+      `batch.MIN_PROMPT_BUCKET`.
+    share_prefixes: whether sequences that begin with the same full pages share them.
+    salted: whether cached keys depend on how long a sequence may become (dynamic NTK).
     """
 
-    def __init__(self, sequences: Iterable[Sequence], pool: PagePool, max_num_seqs: int):
-        self.waiting = deque(sequences)
+    def __init__(
+        self,
+        pool: PagePool,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        *,
+        share_prefixes: bool = True,
+        salted: bool = False,
+    ):
+        self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self._pool, self._max_num_seqs = pool, max_num_seqs
+        self.preemptions = 0
+        self.shared_tokens = 0
+        self._pool, self._budget = pool, max_num_batched_tokens
+        self._longest_chunk = 1 << (max_num_batched_tokens.bit_length() - 1)
+        self._share_prefixes, self._salted = share_prefixes, salted
+        self._slots = list(range(max_num_seqs - 1, -1, -1))
 
-    def admit(self) -> list[Sequence]:
-        """Move sequences from waiting to running, in order, while places and pages last.
+    def schedule(self, most_steps: int, waiting_steps: int, *, drained: bool) -> Plan | None:
+        """Grow who runs, admit who waits, and say what to run next.
 
-        Raises RuntimeError when none can be admitted, none runs, and so none ever will.
+        most_steps: of decoding; at most `waiting_steps` while someone waits for a place or pages,
+          and one while prompts wait for prefill.
+        drained: no call is on its way. Only then is somebody preempted, because only then are all
+          tokens known; otherwise the answer is None: look at what the calls bring, and come again.
         """
-        admitted = []
-        while self.waiting and len(self.running) < self._max_num_seqs:
-            needed = self._pool.pages_for(self.waiting[0].total_len)
-            pages = self._pool.allocate(needed)
-            if pages is None:
-                self._check_progress(needed)
+        preempted = False
+        while not self._grow(self._decoding(), 1):
+            if not drained:
+                return None
+            self._preempt(self.running[-1])
+            preempted = True
+        chunks, more_prefill = self._next_chunks(admit=not preempted)
+        decoding = self._decoding()
+        steps = min(most_steps, max([s.steps_left for s in decoding], default=0))
+        if self.waiting:
+            steps = min(steps, waiting_steps)
+        if more_prefill:
+            steps = min(steps, 1)
+        while steps > 1 and not self._grow(decoding, steps):
+            steps //= 2
+        return Plan(chunks, decoding, steps)
+
+    def _decoding(self) -> list[Sequence]:
+        return [s for s in self.running if s.prefilled and s.steps_left > 0]
+
+    def _grow(self, sequences: list[Sequence], steps: int) -> bool:
+        """Pages for `steps` more tokens of each, or for none where they do not suffice for all."""
+        pool = self._pool
+        missing = [pool.pages_for(s.len_after(steps)) - len(s.pages) for s in sequences]
+        if sum(m for m in missing if m > 0) > pool.free_pages:
+            return False
+        for sequence, count in zip(sequences, missing, strict=True):
+            if count > 0:
+                sequence.pages += pool.allocate(count) or []
+        return True
+
+    def _next_chunks(self, *, admit: bool) -> tuple[list[Chunk], bool]:
+        """The next prefill call: prompts begun before, then new ones, in order, within the budget;
+        and whether some are left that could run but for the budget."""
+        chunks: list[Chunk] = []
+        for sequence in self.running:
+            if not sequence.prefilled and not self._add_chunk(sequence, chunks):
+                return chunks, True
+        while admit and self.waiting and self._slots:
+            sequence = self.waiting[0]
+            if not self._take_pages(sequence):
                 break
-            sequence = self.waiting.popleft()
-            sequence.pages = pages
-            admitted.append(sequence)
+            if not self._add_chunk(sequence, chunks):
+                self._return_pages(sequence)
+                return chunks, True
+            self.waiting.popleft()
+            sequence.slot = self._slots.pop()
             self.running.append(sequence)
-        return admitted
+            self.shared_tokens += chunks[-1].start
+        return chunks, any(not s.prefilled for s in self.running)
 
-    def _check_progress(self, needed: int) -> None:
-        if not self.running:
-            raise RuntimeError(
-                f"a prompt needs {needed} pages and {self._pool.free_pages} of "
-                f"{self._pool.num_pages} are free, the others held by streams that are still open: "
-                "close one or raise num_pages"
-            )
+    def _add_chunk(self, sequence: Sequence, chunks: list[Chunk]) -> bool:
+        """The sequence's next chunk, where the call has room; the first one always fits."""
+        length = min(sequence.goal - sequence.computed, self._longest_chunk)
+        longest = max([length, *[c.end - c.start for c in chunks]])
+        if chunks and power_of_two(len(chunks) + 1) * prompt_bucket(longest) > self._budget:
+            return False
+        start, end = sequence.computed, sequence.computed + length
+        samples = end == sequence.goal and not sequence.tokens
+        chunks.append(Chunk(sequence, start, end, samples))
+        sequence.computed = end
+        sequence.promise(samples, samples)
+        # Before the call that fills the pages: others of the same call may share them, because in
+        # each layer the tokens of all rows are appended before any row reads.
+        self._publish(sequence, end)
+        return True
 
-    def retire(self) -> bool:
-        """Give back the pages of sequences that have finished; whether there were any."""
-        finished = [s for s in self.running if s.finish_reason is not None]
-        self.running = [s for s in self.running if s.finish_reason is None]
-        self._release(finished)
-        return bool(finished)
+    def _take_pages(self, sequence: Sequence) -> bool:
+        """Pages for all that prefill computes and one step more; shared as far as known."""
+        pool = self._pool
+        sequence.goal = sequence.cached
+        if self._share_prefixes:
+            salt = sequence.total_len if self._salted else 0
+            page_keys(sequence.known, pool.page_size, sequence.page_keys, salt)
+            # The last token is computed in any case: its logits choose the next one.
+            sequence.pages = pool.share(sequence.page_keys[: (sequence.goal - 1) // pool.page_size])
+        sequence.published = len(sequence.pages)
+        sequence.computed = len(sequence.pages) * pool.page_size
+        count = pool.pages_for(sequence.len_after(2)) - len(sequence.pages)
+        spare = WATERMARK * pool.num_pages if self.running else 0
+        pages = pool.allocate(count) if count <= pool.free_pages - spare else None
+        if pages is None:
+            self._return_pages(sequence)
+            return False
+        sequence.pages += pages
+        return True
 
-    def close(self) -> None:
-        """Give back all pages."""
-        self._release(self.running)
-        self.running = []
-        self.waiting.clear()
+    def _return_pages(self, sequence: Sequence) -> None:
+        self._pool.release(sequence.pages)
+        sequence.pages, sequence.published = [], 0
+        sequence.computed = sequence.goal = 0
 
-    def _release(self, sequences: Iterable[Sequence]) -> None:
-        for sequence in sequences:
-            self._pool.release(sequence.pages)
-            sequence.pages = []
+    def _publish(self, sequence: Sequence, num_tokens: int) -> None:
+        """Others may share the full pages of the first num_tokens tokens."""
+        if not self._share_prefixes:
+            return
+        full = num_tokens // self._pool.page_size
+        for index in range(sequence.published, full):
+            self._pool.publish(sequence.pages[index], sequence.page_keys[index])
+        sequence.published = max(full, sequence.published)
+
+    def share_generated(self, sequence: Sequence) -> None:
+        """Let others share full pages of what the sequence has generated and the host has seen."""
+        if self._share_prefixes and sequence.cached // self._pool.page_size > sequence.published:
+            salt = sequence.total_len if self._salted else 0
+            page_keys(sequence.known, self._pool.page_size, sequence.page_keys, salt)
+            self._publish(sequence, sequence.cached)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """The sequence waits again, at the front; everything it held is free."""
+        self.drop(sequence)
+        self.preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def preempt_all(self) -> None:
+        """Everyone waits again, in order: what the device had is lost."""
+        for sequence in reversed(list(self.running)):
+            sequence.pending = sequence.sure = 0
+            self._preempt(sequence)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Take back what the sequence holds, whether it waits or runs or is unknown."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._slots.append(sequence.slot)
+            self._return_pages(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)

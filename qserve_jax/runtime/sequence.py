@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from qserve_jax.runtime.detokenizer import IncrementalDetokenizer
@@ -49,9 +50,17 @@ class StreamOutput:
     finish_reason: str | None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Sequence:
-    """A sample in progress. `seed` makes its random numbers, `limit` bounds its new tokens."""
+    """A sample in progress. `seed` makes its random numbers, `limit` bounds its new tokens.
+
+    tokens are those that the host has seen; calls on their way will bring `sure` to `pending` more
+    (a stop token apart). Prefill has computed, or will, `computed` of the `goal` tokens that come
+    before decoding.
+    page_keys are those of its first full pages, of which `published` are known to the pool.
+    slot: its place in `slots.Live`. listener: called with each StreamOutput, or where nobody
+    `streams` with the last one only.
+    """
 
     index: int
     sample: int
@@ -61,10 +70,20 @@ class Sequence:
     limit: int
     stop_ids: tuple[int, ...]
     detokenizer: IncrementalDetokenizer
+    listener: Callable[[StreamOutput], None] | None = None
+    streams: bool = False
     pages: list[int] = dataclasses.field(default_factory=list)
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    page_keys: list[bytes] = dataclasses.field(default_factory=list)
+    published: int = 0
+    computed: int = 0
+    goal: int = 0
+    pending: int = 0
+    sure: int = 0
+    slot: int = -1
     finish_reason: str | None = None
+    error: Exception | None = None
     first_token_time: float = 0.0
     end_time: float = 0.0
 
@@ -74,21 +93,64 @@ class Sequence:
         return len(self.prompt) + self.limit
 
     @property
+    def known(self) -> list[int]:
+        """All tokens that the host has seen."""
+        return self.prompt + self.tokens
+
+    @property
     def cached(self) -> int:
-        """Tokens in the cache after prefill: all but the last, which the next step will append."""
+        """Tokens before the next decode step: all but the last, which that step will append."""
         return len(self.prompt) + max(len(self.tokens) - 1, 0)
 
+    @property
+    def prefilled(self) -> bool:
+        """Whether every token before the next decode step has been computed, or will be."""
+        return self.computed >= self.goal
+
+    @property
+    def steps_left(self) -> int:
+        """Tokens it may still make, beyond those that are sure to come."""
+        return self.limit - len(self.tokens) - self.sure
+
+    def promise(self, least: int, most: int) -> tuple[int, int]:
+        """Another call brings so many, as far as the limit allows: what it adds to both."""
+        made = len(self.tokens)
+        least = min(least, self.limit - made - self.sure)
+        most = min(most, self.limit - made - self.pending)
+        self.sure, self.pending = self.sure + least, self.pending + most
+        return least, most
+
+    def redeem(self, promised: tuple[int, int]) -> None:
+        """The call has come back."""
+        self.sure, self.pending = self.sure - promised[0], self.pending - promised[1]
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more will come."""
+        return self.finish_reason is not None
+
+    def len_after(self, steps: int) -> int:
+        """Most tokens in the cache after the calls on their way and `steps` more tokens; the last
+        token of all is never appended."""
+        made = min(len(self.tokens) + self.pending + steps, self.limit)
+        return len(self.prompt) + max(made - 1, 0)
+
     def append(self, token: int, logprobs: TokenLogprobs | None) -> str:
-        """Take a generated token; returns new text that is safe to show."""
+        """Take a generated token; returns new text that is safe to show. Where nobody reads along,
+        and no stop string could end the sequence, all text comes at its end: to find it token by
+        token costs the host as much as a small model takes to make them."""
         self.tokens.append(token)
         if logprobs is not None:
             self.logprobs.append(logprobs)
         ended = token in self.stop_ids
-        piece = "" if ended else self.detokenizer.add(token)
+        at_once = self.streams or self.params.stop
+        piece = self.detokenizer.add(token) if at_once and not ended else ""
         if ended or self.detokenizer.stopped is not None:
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.limit:
             self.finish_reason = "length"
+        if self.finish_reason is not None and not at_once:
+            piece = self.detokenizer.add_all(self.tokens[: len(self.tokens) - ended])
         if self.finish_reason is not None:
             piece += self.detokenizer.finish()
         return piece

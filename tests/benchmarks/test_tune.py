@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import types
 
 import pytest
 
 from qserve_jax.benchmarks import tune
+from qserve_jax.pallas_kernels.w4a8_matmul import sm90_config, sm90_tiles
 from scripts import tune_kernels
 
 
@@ -69,3 +71,31 @@ def test_entries_replace_their_like(tmp_path):
     content = json.loads(path.read_text())
     assert [(e["m"], e["us"]) for e in content["entries"]] == [(8, 2.0), (16, 1.5)]
     assert set(content) == {"device", "jax", "commit", "entries"}
+
+
+def test_prepared_configs_can_run_and_are_not_the_heuristic_s():
+    for (m, n, k), configs in tune_kernels.PREPARED.items():
+        for per_group in (True, False):
+            chosen = sm90_config.choose_config(m, n, k, per_group)
+            for fields in configs:
+                config = sm90_tiles.Sm90Config(*fields)
+                if config.biased and not per_group:
+                    continue
+                sm90_config.check_config(config, m, n, per_group)
+                assert config != chosen
+                assert sm90_tiles.cut(config, m, n).last == config.last
+
+
+def test_only_what_is_prepared_is_measured():
+    args = types.SimpleNamespace(group_size=[-1])
+    cases = list(tune_kernels.prepared_cases(args))  # pyright: ignore[reportArgumentType]
+    assert len(cases) == len(tune_kernels.PREPARED)
+    assert cases[0][:6] == ("wgmma", 256, 28672, 4096, -1, 0) and len(cases[0][6]) == 7
+
+    def measure(configs):
+        return [{"start": 5.0, "slow": 6.0, "fast": 4.0}.get(c) for c in configs]
+
+    assert tune.best_of("start", ["slow", "fast", "broken"], measure) == ("fast", 4.0, 5.0)
+    assert tune.best_of("start", ["slow", "broken"], measure) == ("start", 5.0, 5.0)
+    with pytest.raises(RuntimeError, match="broken, the heuristic's choice, gives no time"):
+        tune.best_of("broken", ["fast"], measure)

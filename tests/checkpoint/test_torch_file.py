@@ -35,10 +35,10 @@ def test_what_torch_wrote_is_read():
     specs = tensor_specs([GOLDEN])
     assert specs.keys() == {*EXPECTED, "scalar"} and specs["scalar"].shape == ()
     for name, expected in EXPECTED.items():
-        found = read_rows(name, specs[name], 0, len(expected))
+        found = read_rows(specs[name], 0, len(expected))
         assert found.dtype == expected.dtype
         np.testing.assert_array_equal(found, expected)
-        np.testing.assert_array_equal(read_rows(name, specs[name], 1, 2), expected[1:2])
+        np.testing.assert_array_equal(read_rows(specs[name], 1, 2), expected[1:2])
 
 
 class Global:
@@ -106,7 +106,7 @@ def tensor(storage: Any = None, offset: Any = 0, shape=(4, 6), strides=(6, 1)):
 def test_the_helper_writes_what_is_read(tmp_path):
     file = write_bin(tmp_path / "a.bin", {"x": tensor()}, data=BASE.astype("<f2").tobytes())
     specs = tensor_specs([file])
-    np.testing.assert_array_equal(read_rows("x", specs["x"], 0, 4), BASE)
+    np.testing.assert_array_equal(read_rows(specs["x"], 0, 4), BASE)
 
 
 def attacks(marker):

@@ -102,12 +102,13 @@ def test_default_dispatch_follows_the_device(monkeypatch):
     monkeypatch.delenv(backend.ENVIRONMENT_VARIABLE, raising=False)
     x = shape((2, 256))
     for found, kernel in [("8.0", True), ("7.5", False), ("gfx90a", False), ("9.0", True)]:
-        device = types.SimpleNamespace(compute_capability=found)
+        device = types.SimpleNamespace(compute_capability=found, platform="gpu")
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
         monkeypatch.setattr(jax, "devices", lambda platform, device=device: [device])
         assert ("mosaic_gpu" in lower(lambda x: quantize_activation(x), x)) == kernel
         assert "mosaic_gpu" not in lower(lambda x: quantize_activation(x), shape((2, 192)))
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    device = types.SimpleNamespace(platform="cpu")
+    monkeypatch.setattr(jax, "devices", lambda platform: [device])
     assert "mosaic_gpu" not in lower(lambda x: quantize_activation(x), x)
 
 

@@ -213,7 +213,7 @@ def test_prepare_packs_for_it(rng):
 def test_why_it_cannot_run_here(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     assert "JAX computes on cpu" in str(backend.unavailable("mosaic_mma"))
-    device = types.SimpleNamespace(compute_capability="7.5")
+    device = types.SimpleNamespace(compute_capability="7.5", platform="gpu")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda platform: [device])
     assert "needs compute capability 8.0 or more (Ampere), this GPU has 7.5" in str(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qserve_jax.pallas_kernels.w4a8_matmul import mosaic_sm90
+from qserve_jax.pallas_kernels.w4a8_matmul import mosaic_sm90, sm90_thread, sm90_tiles
 from qserve_jax.pallas_kernels.w4a8_matmul.sm90_config import Sm90Config, choose_config
 from tests.pallas_kernels.w4a8_cases import SHAPES
 
@@ -107,6 +107,7 @@ class Warps:
         self.mine = threading.local()
         self.back = threading.Semaphore(0)
         self.error = None
+        self.at_barrier = {}
 
     def start(self, block, run):
         agent = types.SimpleNamespace(block=block, go=threading.Semaphore(0), done=False)
@@ -179,8 +180,20 @@ class Block:
         self.readers = [0] * slots
 
 
-def emulate(p, seed, monkeypatch):
-    """Runs a cluster -> what was multiplied: (block, row group) -> [(tile, x, chunk, weights)]."""
+@dataclasses.dataclass
+class Product:
+    """What a warpgroup multiplied of a slot: the boxes of x there, where the weights came from, and
+    of the tokens so many from an offset on. part: what the epilogue takes it for."""
+
+    boxes: dict
+    weights: int
+    offset: int = -1
+    tokens: int = -1
+    part: Any = dataclasses.field(default=None, compare=False)
+
+
+def emulate(p, seed, monkeypatch, cluster=0):
+    """Runs a cluster -> what was multiplied: (block, row group, k group) -> [Product]."""
     warps = Warps(seed)
     config, memory = p.config, p.memory
     blocks = [Block(p) for _ in range(config.cluster)]
@@ -190,8 +203,6 @@ def emulate(p, seed, monkeypatch):
         return blocks[warps.mine.agent.block if block is None else block].barriers[address // 8]
 
     def land(block, slot, key, tag, count, at):
-        assert all(warps.mine.agent.conditions)
-
         def copy():
             assert blocks[block].readers[slot] == 0, "a slot is overwritten while it is read"
             blocks[block].holds[slot][key] = tag
@@ -201,6 +212,7 @@ def emulate(p, seed, monkeypatch):
 
     def copy_to_shared(target, source, count, at):
         slot, offset = divmod(target - BASE - memory.weights, memory.weight_bytes)
+        assert all(warps.mine.agent.conditions)
         me = warps.mine.agent.block
         row, rest = divmod(offset, group_bytes)
         assert rest == 0 and count == group_bytes
@@ -208,8 +220,10 @@ def emulate(p, seed, monkeypatch):
         warps.pause()
 
     def copy_tile_to_shared(target, x_map, row, column, at, *, blocks):
+        if not all(warps.mine.agent.conditions):
+            return
         slot, offset = divmod(target - BASE, memory.x_bytes)
-        count = config.tokens // config.cluster * 128
+        count = config.tokens // config.boxes * 128
         part, rest = divmod(offset, count)
         assert rest == 0 and blocks == config.cluster
         for block in range(blocks):
@@ -246,6 +260,25 @@ def emulate(p, seed, monkeypatch):
             barrier(at).arrive(4)  # stands for the four warps of a warpgroup
         warps.pause()
 
+    def sync_block(threads, at):
+        """Those that have come are counted in rounds of `threads`; a warpgroup counts at once."""
+        if all(warps.mine.agent.conditions):
+            turn = warps.at_barrier.get(at, 0) // threads
+            arrive_at_block(threads, at)
+            warps.pause(lambda: warps.at_barrier[at] >= (turn + 1) * threads)
+
+    def arrive_at_block(threads, at):
+        if all(warps.mine.agent.conditions):
+            warps.at_barrier[at] = warps.at_barrier.get(at, 0) + 128
+
+    def wgmma_descriptor(address):
+        warps.mine.product.offset = (address - BASE) % memory.x_bytes // 128
+        return Word(0)
+
+    def wgmma_s8(acc, a, descriptor, unsigned):
+        warps.mine.product.tokens = 2 * len(acc)
+        return acc
+
     def expect_bytes(at, count):
         barrier(at).arrive(expected=count)
         warps.pause()
@@ -258,23 +291,24 @@ def emulate(p, seed, monkeypatch):
         **{"when": when, "loop": loop, "wait": wait, "arrive": arrive},
         **{"expect_bytes": expect_bytes, "copy_to_shared": copy_to_shared},
         **{"copy_tile_to_shared": copy_tile_to_shared, "arrive_in_block": arrive_in_block},
-        wgmma_descriptor=lambda address: Word(0),
+        **{"sync_block": sync_block, "arrive_at_block": arrive_at_block},
+        **{"wgmma_descriptor": wgmma_descriptor, "wgmma_s8": wgmma_s8},
         wgmma_fence=lambda registers: registers,
-        wgmma_s8=lambda acc, a, descriptor: acc,
         wgmma_commit=lambda: warps.pause(),
         wgmma_wait=lambda acc, a: acc,
     )
-    monkeypatch.setattr(mosaic_sm90, "ptx", ptx)
+    for module in (mosaic_sm90, sm90_thread):
+        monkeypatch.setattr(module, "ptx", ptx)
     seen = {}
 
     def load_weights(p, t, me, slot):
         """What the slot holds is what is multiplied; it must stay so until the release."""
         blocks[t.rank].readers[slot] += 1
         holds = blocks[t.rank].holds[slot]
-        parts = tuple(holds["x", part] for part in range(config.cluster))
-        seen.setdefault((int(t.rank), me.row_group, me.k_group), []).append(
-            (parts, holds["w", me.row_group])
-        )
+        boxes = {part: tag for (kind, part), tag in holds.items() if kind == "x"}
+        warps.mine.product = Product(boxes, holds["w", me.row_group], part=warps.mine.part)
+        place = int(t.rank), int(me.row_group), int(me.k_group)
+        seen.setdefault(place, []).append(warps.mine.product)
         warps.pause()
         return [Word(0)] * 8, None
 
@@ -288,56 +322,62 @@ def emulate(p, seed, monkeypatch):
     monkeypatch.setattr(mosaic_sm90, "_release", release_slot)
 
     def thread(rank, warp):
-        t = object.__new__(mosaic_sm90._Block)
+        t = object.__new__(sm90_thread.Block)
         t.__dict__.update(
             warp=Word(warp),
             lane=Word(0),
             rank=Word(rank),
-            first_tile=Word(0),
-            tiles=-(-p.tiles // p.clusters),
+            first_tile=Word(cluster),
             gmem={"w": Address()},
             x_map=None,
             shared=Word(BASE),
             _full=Word(0),
             _empty=Word(8 * config.slots),
         )
+        t.tiles = t.count_tiles(p)
         return t
 
-    def consume(t, row_group, k_group):
-        me: Any = types.SimpleNamespace(row_group=row_group, k_group=k_group)
-        ring: Any = [Word(0), Word(0)]
-        for _ in range(t.tiles):
-            ring = mosaic_sm90._multiply(p, t, me, ring)[1]
+    def consumer(p, t):
+        """A thread of Python stands for a warpgroup: t.warp is its index."""
+        k_group, row_group = divmod(int(t.warp), config.row_warpgroups)
+        return types.SimpleNamespace(row_group=Word(row_group), k_group=Word(k_group))
 
+    monkeypatch.setattr(mosaic_sm90, "Consumer", consumer)
+
+    def epilogue(p, t, me, i, part):
+        warps.mine.part = part
+        return types.SimpleNamespace(store=lambda *_: warps.pause())
+
+    monkeypatch.setattr(mosaic_sm90, "Epilogue", epilogue)
+    monkeypatch.setattr(mosaic_sm90, "exchange", lambda p, t, me, acc: (0, acc))
     for rank in range(config.cluster):
-        for warp in range(4):
-            produce = functools.partial(mosaic_sm90._produce, p, thread(rank, warp))
-            warps.start(rank, produce)
-        for place in np.ndindex(config.row_warpgroups, config.k_warpgroups):
-            warps.start(rank, functools.partial(consume, thread(rank, 0), *place))
+        for role, count in (("_produce", 4), ("_consume", config.warpgroups)):
+            for warp in range(count):
+                run = functools.partial(getattr(mosaic_sm90, role), p, thread(rank, warp))
+                warps.start(rank, run)
     warps.run()
     return seen
 
 
 def expected(p, rank, row, k_group):
-    """Every chunk of every tile of cluster 0, once: of these channels and tokens."""
-    config = p.config
+    """Every chunk of every whole tile of cluster 0, once: of these channels and tokens."""
+    config, cut = p.config, p.cut
     group_bytes = 4 * p.tile_bytes
-    for tile in range(0, p.tiles, p.clusters):
-        first = tile % p.token_tiles * config.tokens
-        block = tile // p.token_tiles * config.cluster + rank
+    for tile in range(0, cut.whole, cut.clusters):
+        first = tile % cut.token_tiles * config.tokens
+        block = tile // cut.token_tiles * config.cluster + rank
         group = min(block * config.row_warpgroups + row, p.n // 64 - 1)
         for step in range(p.steps):
             chunk = step * config.k_warpgroups + k_group
             part = config.tokens // config.cluster
-            x = tuple((first + i * part, chunk * 128) for i in range(config.cluster))
+            x = {i: (first + i * part, chunk * 128) for i in range(config.cluster)}
             weights = (group * p.chunks + min(chunk, p.chunks - 1)) * group_bytes
-            yield x, weights
+            yield Product(x, weights, 0, config.tokens)
 
 
 def problem(config, m, n, k):
     flags = {"per_group": False, "bias": False, "residual": None, "out_dtype": "bfloat16"}
-    return mosaic_sm90._Problem(m, n, k, None, **flags, config=config)
+    return sm90_thread.WgmmaProblem(m, n, k, None, **flags, config=config)
 
 
 CASES = [  # m, n, k, config: K/128 odd, even, less than k_warpgroups; a last tile beyond N
@@ -352,6 +392,26 @@ CASES = [  # m, n, k, config: K/128 odd, even, less than k_warpgroups; a last ti
     (512, 50816, 640, Sm90Config(256, 2, 1, 5, 2)),
     (64, 67584, 384, Sm90Config(64, 2, 2, 3, 2)),
     (128, 67584, 640, Sm90Config(128, 4, 1, 4, 1)),
+    (64, 38016, 640, Sm90Config(64, 3, 2, 4, 1)),
+    (64, 67584, 640, Sm90Config(64, 4, 1, 5, 1, lead=4)),
+    (64, 33792, 640, Sm90Config(64, 2, 1, 5, 2, lead=2)),
+    (64, 16896, 256, Sm90Config(64, 2, 1, 5, 1, lead=3)),  # fewer chunks than the lead
+]
+
+FINE = [  # m, n, k, blocks there are, config: the last round cut finer
+    *[(m, 832, 640, 5, Sm90Config(64, 2, 1, 4, 1, 3)) for m in (64, 40)],  # 7 tiles: 5 and 2
+    (64, 896, 256, 5, Sm90Config(64, 2, 1, 4, 1, 3)),  # the same, the 7th whole
+    (64, 512, 256, 6, Sm90Config(64, 2, 1, 4, 1, 3)),  # none and 4: 3 and 1
+    (64, 1408, 384, 8, Sm90Config(64, 2, 1, 4, 1, 3, 2)),  # 11: 8 and 3, which are 4 parts
+    (128, 384, 256, 8, Sm90Config(64, 2, 1, 4, 1, 3)),  # none and 2 x 3
+    (128, 320, 256, 8, Sm90Config(64, 2, 2, 2, 1, 3)),  # an odd number of channel groups
+    *[(200, 576, 384, 16, Sm90Config(64, 2, 1, 5, 1, 2, lead)) for lead in (0, 3)],  # 16 and 4
+    (64, 704, 384, 4, Sm90Config(64, 2, 1, 4, 1, 2)),  # 4 and 2
+    (250, 448, 384, 16, Sm90Config(256, 2, 1, 4, 1, 1)),  # 4 in quarters, the last cut by M
+    (64, 320, 384, 4, Sm90Config(64, 1, 4, 2, 1, 1)),  # 4 and 1
+    (512, 1280, 384, 16, Sm90Config(256, 2, 1, 4, 2, 1)),  # 8 clusters: 8 and 2
+    (256, 1472, 384, 8, Sm90Config(256, 2, 1, 4, 2, 2, 3)),  # 4 and 2
+    (256, 640, 384, 8, Sm90Config(256, 1, 1, 5, 2, 1)),  # 4 and 1
 ]
 
 
@@ -365,6 +425,38 @@ def test_each_chunk_is_multiplied_once_whatever_the_order(m, n, k, config, monke
         assert len(seen) == config.cluster * config.warpgroups
         for (rank, row, k_group), found in seen.items():
             assert found == list(expected(p, rank, row, k_group))
+
+
+def count_products(p, monkeypatch, seed):
+    """How often each [64 channels, token, chunk] that is stored was multiplied, by all blocks."""
+    config, size = p.config, p.config.tokens // p.config.boxes
+    count = np.zeros((p.n // 64, p.cut.token_tiles * config.tokens, p.chunks), int)
+    for cluster in range(p.cut.clusters):
+        with monkeypatch.context() as patch:
+            seen = emulate(p, seed, patch, cluster)
+        for (_, _, k_group), found in seen.items():
+            for step, product in enumerate(found):
+                chunk = step % p.steps * config.k_warpgroups + k_group
+                token, group, _, quarters = product.part
+                if group >= p.n // 64 or chunk >= p.chunks:  # not stored, or of zeros
+                    continue
+                assert product.weights == (group * p.chunks + chunk) * 4 * p.tile_bytes
+                assert product.tokens == quarters * config.tokens // 4
+                first = token - product.offset
+                for i in range(product.offset, product.offset + product.tokens, 8):
+                    assert product.boxes[i // size] == (first + i // size * size, chunk * 128)
+                count[group, token : token + product.tokens, chunk] += 1
+    return count
+
+
+@pytest.mark.parametrize("m, n, k, sms, config", FINE)
+def test_a_finer_last_round_leaves_nothing_out(m, n, k, sms, config, monkeypatch):
+    monkeypatch.setattr(sm90_tiles, "SMS", sms)
+    mosaic_sm90.check_config(config, m, n, False)
+    p = problem(config, m, n, k)
+    assert p.cut.last == config.last and p.cut.parts
+    for seed in range(2):
+        assert (count_products(p, monkeypatch, seed)[:, :m] == 1).all()
 
 
 @pytest.mark.parametrize("config", [Sm90Config(64, 1, 1, 3, 1), Sm90Config(48, 1, 3, 2, 1)])

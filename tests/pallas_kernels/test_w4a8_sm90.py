@@ -1,6 +1,7 @@
 """The Hopper matmul on any host: it lowers for CUDA, and its configs fit."""
 
 import dataclasses
+import functools
 import itertools
 import time
 import types
@@ -14,7 +15,13 @@ from jax.sharding import PartitionSpec as P
 
 from qserve_jax.benchmarks.shapes import TOKENS
 from qserve_jax.pallas_kernels import backend, prepare, quantized_matmul, w4a8_matmul
-from qserve_jax.pallas_kernels.w4a8_matmul import mosaic_sm90, sm90_config, to_kernel_layout
+from qserve_jax.pallas_kernels.w4a8_matmul import (
+    mosaic_mma,
+    mosaic_sm90,
+    sm90_config,
+    sm90_tiles,
+    to_kernel_layout,
+)
 from qserve_jax.pallas_kernels.w4a8_matmul.problem import INT32_SUMS
 from qserve_jax.pallas_kernels.w4a8_matmul.sm90_config import Sm90Config
 from qserve_jax.quantization.qtensor import is_quantized
@@ -123,9 +130,18 @@ GOOD = Sm90Config(tokens=64, row_warpgroups=2, k_warpgroups=2, stages=2, cluster
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"tokens": 0}, "all fields must be at least 1"),
+        ({"tokens": 0}, "all fields but lead and biased must be at least 1"),
         ({"tokens": 72}, "tokens must be one of"),
-        ({"row_warpgroups": 3}, r"row_warpgroups \* k_warpgroups must be at most 4"),
+        ({"row_warpgroups": 4}, r"row_warpgroups \* k_warpgroups must be at most 6"),
+        ({"row_warpgroups": 5, "k_warpgroups": 1}, "row_warpgroups must be at most 4"),
+        ({"last": 5}, "last must be 1, 2, 3 or 4 quarters"),
+        ({"last": 2, "tokens": 96}, "last needs tokens of 64, 128 or 256"),
+        ({"last": 3, "row_warpgroups": 1}, "last = 3 needs 2 row_warpgroups and no cluster"),
+        ({"last": 3, "cluster": 2}, "last = 3 needs 2 row_warpgroups and no cluster"),
+        ({"lead": -1}, "all fields but lead and biased must be at least 1"),
+        ({"biased": 2}, "biased must be 0, or 1 in groups"),
+        ({"lead": 1}, "lead needs several row_warpgroups and one k_warpgroup"),
+        ({"lead": 4, "k_warpgroups": 1, "stages": 4}, "lead must be below the 4 chunks in flight"),
         ({"tokens": 24}, "tokens must be a multiple of 8 k_warpgroups"),
         (
             {"tokens": 24, "k_warpgroups": 1, "stages": 4, "cluster": 2},
@@ -145,9 +161,75 @@ def test_config_errors(change, message):
         sm90_config.check_config(dataclasses.replace(GOOD, **change), 64, 1024, True)
 
 
+# Configs that the heuristic does not choose: not run on a GPU yet
+
+PREPARED = [  # m, n, k, config
+    (256, 28672, 4096, Sm90Config(256, 2, 1, 5, 1, last=3, lead=3)),
+    (512, 28672, 4096, Sm90Config(256, 2, 1, 5, 1, last=2)),
+    (4096, 28672, 4096, Sm90Config(256, 2, 1, 5, 2, last=1, lead=2)),
+    (256, 6144, 4096, Sm90Config(64, 3, 2, 4, 1)),
+    (200, 6144, 4096, Sm90Config(128, 2, 2, 4, 1, last=3)),
+]
+
+
+@every_kind
+@pytest.mark.parametrize("m, n, k, config", PREPARED)
+def test_prepared_configs_lower(per_group, m, n, k, config):
+    def run(x, w):
+        return mosaic_sm90.matmul(x, w, layer=0, config=config)
+
+    assert sm90_tiles.cut(config, m, n).last == config.last
+    text = lower(run, *shape_only(per_group, m, n, k))
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize("n, k", [*SHAPES, *SMALL_SHAPES])
+def test_the_heuristic_leaves_them_alone(n, k):
+    for m in TOKENS:
+        chosen = sm90_config.choose_config(m, n, k, True)
+        assert (chosen.last, chosen.lead, chosen.biased) == (4, 0, 0) and chosen.warpgroups <= 4
+
+
+def test_biased_weights_are_uint8_and_need_groups():
+    def run(x, w, config):
+        return mosaic_sm90.matmul(x, w, layer=0, config=config)
+
+    plain = Sm90Config(256, 2, 1, 5, 1)
+    biased = dataclasses.replace(plain, biased=1)
+    x, w = shape_only(True, 256, 28672, 4096)
+    for config, kind, other in ((plain, "s8.s8", "u8.s8"), (biased, "u8.s8", "s8.s8")):
+        text = mosaic_module(lower(functools.partial(run, config=config), x, w))[1]
+        assert f"n256k32.s32.{kind}" in text and f"n256k32.s32.{other}" not in text
+    with pytest.raises(ValueError, match="cannot run: biased must be 0, or 1 in groups"):
+        jax.eval_shape(functools.partial(run, config=biased), *shape_only(False, 256, 28672, 4096))
+
+
+@pytest.mark.parametrize(
+    "last, m, n, rounds, parts",
+    [
+        *[(3, 256, 28672, 1, 124), (2, 512, 28672, 3, 104), (1, 256, 37888, 2, 128)],
+        *[(3, 512, 6144, 0, 128), (2, 1024, 6144, 1, 120)],
+        (3, 300, 28672, 3, 72),  # two token tiles: 52 tiles are 26 beside each other, 8 x 3 + 2
+    ],
+)
+def test_a_finer_last_round_fills_the_sms(last, m, n, rounds, parts):
+    found = sm90_tiles.cut(Sm90Config(256, 2, 1, 5, 1, last), m, n)
+    assert (found.last, found.rounds, found.parts) == (last, rounds, parts)
+    assert found.clusters == (132 if rounds else parts)
+    whole = sm90_tiles.cut(Sm90Config(256, 2, 1, 5, 1), m, n)
+    assert whole.rounds == rounds + 1 and whole.parts == 0
+
+
+@pytest.mark.parametrize("last, m, n", [(2, 256, 28672), (3, 1024, 28672), (3, 1280, 28672)])
+def test_what_cannot_be_cut_stays_whole(last, m, n):
+    """Too many parts for the SMs, or three tiles beside each other of other tokens."""
+    whole = sm90_tiles.cut(Sm90Config(256, 2, 1, 5, 1), m, n)
+    assert sm90_tiles.cut(Sm90Config(256, 2, 1, 5, 1, last), m, n) == whole
+
+
 def test_a_config_that_cannot_run_is_refused_by_the_matmul(rng):
     w = to_kernel_layout(make_weight(True, rng, (64, 256)))
-    with pytest.raises(ValueError, match="stages=1, cluster=1.* cannot run: stages must"):
+    with pytest.raises(ValueError, match="stages=1, cluster=1, .* cannot run: stages must"):
         mosaic_sm90.matmul(
             make_activation(rng, 2, 256), w, config=dataclasses.replace(GOOD, stages=1)
         )
@@ -322,12 +404,27 @@ def test_why_it_cannot_run_here(device, monkeypatch):
     assert "needs compute capability 9.0 (Hopper), this GPU has 8.0" in str(
         backend.unavailable("mosaic_sm90")
     )
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    device.platform = "cpu"
     assert "JAX computes on cpu" in str(backend.unavailable("mosaic_sm90"))
     assert backend.usable(None) == ("reference",)
     assert backend.usable("mosaic_sm90") == ("mosaic_sm90",)  # named: to lower it for elsewhere
     monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "mosaic_sm90")
     assert backend.usable(None) == ("mosaic_sm90",)
+
+
+def test_the_default_device_decides(device, monkeypatch):
+    """Of several GPUs, and where a GPU is there but not used."""
+    other = types.SimpleNamespace(compute_capability="8.0", device_kind="Y", platform="gpu")
+    cpu = types.SimpleNamespace(device_kind="cpu", platform="cpu")
+    for chosen, kind, reason in (
+        (None, "NVIDIA X", None),
+        (other, "Y", "needs compute capability 9.0 (Hopper), this GPU has 8.0"),
+        (cpu, "cpu", "but JAX computes on cpu"),
+    ):
+        monkeypatch.setattr(backend.jax, "config", types.SimpleNamespace(jax_default_device=chosen))
+        assert backend.default_device().device_kind == kind
+        found = backend.unavailable("mosaic_sm90")
+        assert found is None if reason is None else reason in str(found)
 
 
 def test_sums_are_int32():
@@ -336,3 +433,54 @@ def test_sums_are_int32():
         lambda x, w: w4a8_matmul(x, w, layer=0, out_dtype=INT32_SUMS, backend="mosaic_sm90"), x, w
     )
     assert run.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("name", ["mosaic_sm90", "mosaic_mma"])
+def test_a_named_backend_says_in_one_line_that_this_is_no_gpu(name, rng):
+    """Eagerly and in a jit, which is lowered long after the call."""
+    x, w = make_activation(rng, 64, 256), to_kernel_layout(make_weight(True, rng, (64, 256)))
+
+    def run(x, w):
+        return w4a8_matmul(x, w, backend=name)
+
+    message = r"^w4a8_matmul_g128_\w+ is a kernel for NVIDIA GPUs, but is compiled for cpu: use "
+    for call in (run, jax.jit(run)):
+        with pytest.raises(ValueError, match=message) as found:
+            call(x, w)
+        assert "\n" not in str(found.value)
+
+
+def test_refusals_name_the_backend_that_was_named(rng):
+    """Up to 32 tokens mosaic_sm90 calls mosaic_mma."""
+    x, w = make_activation(rng, 2, 256), to_kernel_layout(make_weight(True, rng, (64, 256)))
+    for name in ("mosaic_sm90", "mosaic_mma"):
+        with pytest.raises(NotImplementedError, match=f"^{name}: out_dtype int8 is none of"):
+            w4a8_matmul(x, w, out_dtype=jnp.int8, backend=name)
+
+
+@pytest.mark.parametrize("n, k", [(64, 192), (96, 256)])
+def test_a_weight_that_cannot_be_packed_is_told_so(n, k, rng):
+    x, w = make_activation(rng, 2, k), make_weight(False, rng, (n, k))
+    message = f"^mosaic_sm90: a weight of N={n}, K={k} cannot be packed: N must be a multiple of 64"
+    with pytest.raises(NotImplementedError, match=message):
+        w4a8_matmul(x, w, backend="mosaic_sm90")
+    np.testing.assert_array_equal(
+        quantized_matmul(x, w), quantized_matmul(x, w, backend="reference")
+    )
+
+
+@pytest.mark.parametrize("name, module", [("mosaic_sm90", mosaic_sm90), ("mosaic_mma", mosaic_mma)])
+def test_a_call_outside_of_jit_is_traced_once(name, module, monkeypatch, rng):
+    x, w = make_activation(rng, 7, 384), to_kernel_layout(make_weight(True, rng, (2, 64, 384)))
+    traced = []
+
+    def matmul(x, w, *, layer, out_dtype, **_):
+        traced.append(layer)
+        return quantized_matmul(x, w, layer=layer, out_dtype=out_dtype, backend="reference")
+
+    monkeypatch.setattr(module, "matmul", matmul)
+    for layer in (0, 1, jnp.int32(1)):
+        found = w4a8_matmul(x, w, layer=layer, backend=name)
+        expected = w4a8_matmul(x, w, layer=layer, backend="reference")
+        np.testing.assert_array_equal(found, expected)
+    assert len(traced) <= 2  # of a Python integer, and of an array

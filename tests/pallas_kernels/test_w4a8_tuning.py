@@ -24,7 +24,8 @@ ENTRY = {
 def write(monkeypatch, tmp_path):
     """Writes the file of the device that JAX seems to have."""
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
-    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind="NVIDIA X-1")])
+    device = types.SimpleNamespace(device_kind="NVIDIA X-1")
+    monkeypatch.setattr(jax, "devices", lambda *_: [device])
 
     def write(content):
         tuning.load_tuned.cache_clear()

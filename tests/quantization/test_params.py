@@ -375,7 +375,7 @@ def test_nothing_is_warned_where_all_goes_as_asked(rng):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda w: quantize_params({"kernel": w}, stats={}), "stats=dict"),
+        (lambda w: quantize_params({"kernel": w}, stats={}), "stats=dict is no ActivationStats"),
         (lambda w: quantize_params({"a": {"kernel": w.astype(int)}}), "'a/kernel' has dtype int32"),
         (lambda w: quantize_params({"w": w}, rules=[Rule("w", (-3,))]), r"\(128, 4\).*\(-3,\)"),
         (lambda w: quantize_params({"w": w}, rules=[Rule("w", (-1,))]), "distinct axes"),

@@ -65,24 +65,32 @@ def difference(got, want):
     return np.abs(got - want).max() / np.abs(want).max()
 
 
-@pytest.mark.parametrize(("family", "name"), [("qwen2", "qoq-g128"), ("qwen3", "qoq-per-channel")])
-def test_recipes_on_every_family(family, name):
+FEW = [("qwen2", "qoq-g128"), ("qwen3", "qoq-per-channel")]
+OTHERS = [(family, name) for name in RECIPES for family in FAMILIES if (family, name) not in FEW]
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [*FEW, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)]
+)
+def test_recipes_on_families(family, name):
     config, params, calibration = make(**FAMILIES[family])
     exact = logits(config, params)
     moved = transform_with_recipe(config, params, calibration, name)
     assert difference(logits(config, moved), exact) < 1e-5
-    odd = family == "qwen2"
+    per_channel = find_recipe(name).quant.group_size == -1
+    odd = family == "qwen2" and not per_channel
     warns = pytest.warns(UserWarning, match="K=168 is not a multiple") if odd else nothing()
     with warns:
         quantized = quantize_with_recipe(config, params, calibration, name)
     kernels = quantized["layers"]
-    kind = W4PerGroup if name == "qoq-g128" else W4PerChannel
+    kind = W4PerChannel if per_channel else W4PerGroup
     assert isinstance(kernels["q_proj"]["kernel"], kind)
     fallen = W4PerChannel if family == "qwen2" else kind  # K = 168: no groups of 128
     assert isinstance(kernels["down_proj"]["kernel"], fallen)
     rounded = quantize_with_recipe(config, params, calibration, "rtn-per-channel")
     error = np.square(logits(config, quantized) - exact).mean()
-    assert error < 0.7 * np.square(logits(config, rounded) - exact).mean()
+    limit = 0.7 if find_recipe(name).gptq else 1.3  # random weights have no outliers to undo
+    assert error < limit * np.square(logits(config, rounded) - exact).mean()
 
 
 def test_outliers_leave_the_float_model_alone():

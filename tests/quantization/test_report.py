@@ -118,7 +118,7 @@ def test_to_dict_goes_through_json():
     loaded = json.loads(json.dumps(report.to_dict()))
     assert loaded["bytes_after"] == report.bytes_after
     bits = {"weight_bits": 4, "group_size": 128, "act_bits": 8, "kv_bits": 4}
-    assert loaded["config"] == bits | {"scale_dtype": "float32"}
+    assert loaded["config"] == bits | {"scale_dtype": "float32", "round_level_one": False}
     assert loaded["rows"][0]["path"] == report.rows[0].path
     assert len(loaded["rows"]) == 7
 

@@ -249,3 +249,16 @@ def test_tokens_after_the_end_are_refused():
     detokenizer.finish()
     with pytest.raises(ValueError, match="comes after the end"):
         detokenizer.add(e)
+
+
+def test_a_whole_text_at_once():
+    for make in (byte_level, sentencepiece):
+        tokenizer = make()
+        ids = tokenizer.encode(SENTENCES[1], add_special_tokens=False)
+        detokenizer = IncrementalDetokenizer(tokenizer)
+        assert detokenizer.add_all(ids) + detokenizer.finish() == tokenizer.decode(ids)
+        assert detokenizer.text == tokenizer.decode(ids)
+    assert IncrementalDetokenizer(None).add_all([5, 6]) == ""
+    for used in (IncrementalDetokenizer(byte_level(), stop=["x"]), detokenizer):
+        with pytest.raises(ValueError, match="add_all is for a whole text without stop strings"):
+            used.add_all([5])

@@ -1,4 +1,6 @@
-"""Admission, retirement and pages, without a model."""
+"""Admission, growth, preemption, chunks and shared pages, without a model."""
+
+import random
 
 import pytest
 
@@ -9,45 +11,180 @@ from qserve_jax.runtime.scheduler import Scheduler
 from qserve_jax.runtime.sequence import Sequence
 
 
-def sequence(index: int, length: int) -> Sequence:
-    """One whose longest length is `length`."""
-    return Sequence(
-        index, 0, [1], SamplingParams(), 0, length - 1, (), IncrementalDetokenizer(None)
-    )
+def sequence(index: int, prompt: int | list[int], limit: int = 1) -> Sequence:
+    """One with this prompt (or one of its own of this length) and at most `limit` tokens."""
+    ids = [1000 * index + i for i in range(prompt)] if isinstance(prompt, int) else prompt
+    detokenizer = IncrementalDetokenizer(None)
+    return Sequence(index, 0, ids, SamplingParams(), 0, limit, (), detokenizer)
+
+
+def make(num_pages, sequences, *, places=8, budget=1024, share=True):
+    pool = PagePool(num_pages, page_size=8)
+    scheduler = Scheduler(pool, places, budget, share_prefixes=share)
+    scheduler.waiting.extend(sequences)
+    return pool, scheduler
+
+
+def run(scheduler, plan):
+    """What a device would bring: a token for each chunk that samples, then for each step."""
+    for chunk in plan.chunks:
+        if chunk.samples:
+            chunk.sequence.redeem((1, 1))
+            chunk.sequence.append(7, None)
+    for s in plan.decoding:
+        for _ in range(min(plan.steps, s.steps_left)):
+            s.append(7, None)
+    for s in [s for s in scheduler.running if s.done]:
+        scheduler.share_generated(s)
+        scheduler.drop(s)
+
+
+def schedule(scheduler, steps=4, waiting_steps=64):
+    """The plan, no call being on its way."""
+    plan = scheduler.schedule(steps, waiting_steps, drained=True)
+    assert plan is not None
+    return plan
+
+
+def admitted(plan):
+    return [c.sequence.index for c in plan.chunks]
 
 
 def test_admits_in_order_while_pages_and_places_last():
-    pool = PagePool(num_pages=4, page_size=8)
-    scheduler = Scheduler([sequence(0, 9), sequence(1, 17), sequence(2, 8)], pool, 8)
-    assert [s.index for s in scheduler.admit()] == [0]  # 1 needs 3 pages; 2 does not overtake it
-    assert pool.free_pages == 2 and len(scheduler.running[0].pages) == 2
-    scheduler.running[0].finish_reason = "stop"
-    assert scheduler.retire() and pool.free_pages == 4
-    assert [s.index for s in scheduler.admit()] == [1, 2]
-    assert not scheduler.retire() and pool.free_pages == 0
-    scheduler.close()
-    assert pool.free_pages == 4
+    pool, scheduler = make(5, [sequence(0, 9), sequence(1, 25), sequence(2, 8)], places=2)
+    assert admitted(schedule(scheduler)) == [0]  # 1 needs 4 pages; 2 does not overtake it
+    assert pool.free_pages == 3
+    scheduler.drop(scheduler.running[0])
+    assert admitted(schedule(scheduler)) == [1]  # and one stays free, for those that run
+    scheduler.drop(scheduler.running[0])
+    assert admitted(schedule(scheduler)) == [2] and pool.free_pages == 4
+    scheduler.waiting.extend(sequence(i, 3) for i in range(3, 6))
+    assert admitted(schedule(scheduler)) == [3]  # two places
+    assert [s.index for s in scheduler.running] == [2, 3]
 
 
-def test_places_bound_the_batch():
-    pool = PagePool(num_pages=9, page_size=8)
-    scheduler = Scheduler([sequence(i, 8) for i in range(5)], pool, 2)
-    assert len(scheduler.admit()) == 2 and len(scheduler.admit()) == 0
+def test_pages_grow_with_what_is_generated():
+    pool, scheduler = make(9, [sequence(0, 8, limit=40)])
+    used = []
+    while scheduler.waiting or scheduler.running:
+        plan = schedule(scheduler)
+        used.append(9 - pool.free_pages)
+        for s in plan.decoding:  # every step appends the token before it
+            before = len(s.prompt) + len(s.tokens) + s.pending - 1
+            assert len(s.pages) * 8 >= before + min(plan.steps, s.steps_left)
+        run(scheduler, plan)
+    assert used[0] == 2 and used[-1] == 6 and used == sorted(used)
+    assert pool.free_pages == 9
 
 
-def test_pages_are_never_shared():
-    pool = PagePool(num_pages=6, page_size=8)
-    scheduler = Scheduler([sequence(i, 16) for i in range(3)], pool, 8)
-    pages = [page for s in scheduler.admit() for page in s.pages]
-    assert sorted(pages) == list(range(6))
+def test_steps_are_what_is_needed_and_few_while_others_wait():
+    _, scheduler = make(64, [sequence(0, 8, limit=9), sequence(1, 8, limit=30)], places=1)
+    assert schedule(scheduler, 64, 4).steps == 4
+    _, scheduler = make(64, [sequence(0, 8, limit=9)])
+    assert schedule(scheduler, 64, 4).steps == 8  # the first token is prefill's
+    _, scheduler = make(64, [sequence(0, 8, limit=9), sequence(1, 40, limit=9)], budget=16)
+    assert schedule(scheduler, 64, 4).steps == 1  # a prompt waits for its next chunk
 
 
-def test_who_can_never_run_is_told():
-    pool = PagePool(num_pages=2, page_size=8)
-    held = pool.allocate(1)
-    scheduler = Scheduler([sequence(0, 16)], pool, 8)
-    with pytest.raises(RuntimeError, match="needs 2 pages and 1 of 2 are free"):
-        scheduler.admit()
-    assert held is not None
-    pool.release(held)
-    assert len(scheduler.admit()) == 1
+def test_long_prompts_come_in_chunks_and_short_ones_together():
+    sequences = [sequence(0, 70, 5), sequence(1, 5, 5), sequence(2, 16, 5), sequence(3, 17, 5)]
+    _, scheduler = make(64, sequences, budget=40)  # 32 tokens are the longest chunk
+    seen = []
+    for _ in range(5):
+        plan = schedule(scheduler, steps=1)
+        seen.append([(c.sequence.index, c.start, c.end, c.samples) for c in plan.chunks])
+        assert {s.index for s in plan.decoding} == {
+            s.index for s in scheduler.running if s.prefilled
+        }
+        run(scheduler, plan)
+    assert seen == [
+        [(0, 0, 32, False)],
+        [(0, 32, 64, False)],
+        [(0, 64, 70, True), (1, 0, 5, True)],  # two rows of 16; a third would make four
+        [(2, 0, 16, True)],  # beside it, the next one would make two rows of 32
+        [(3, 0, 17, True)],
+    ]
+
+
+def test_the_last_gives_way_and_comes_back_first():
+    pool, scheduler = make(6, [sequence(i, 8, limit=30) for i in range(3)])
+    order = []
+    for _ in range(100):
+        plan = schedule(scheduler)
+        order += admitted(plan)
+        run(scheduler, plan)
+        if not (scheduler.waiting or scheduler.running):
+            break
+    assert scheduler.preemptions > 0 and order[:2] == [0, 1] and order[-1] == 2
+    assert pool.free_pages == 6
+
+
+def test_nobody_gives_way_while_calls_are_on_their_way():
+    pool, scheduler = make(4, [sequence(0, 7, limit=20), sequence(1, 7, limit=20)], share=False)
+    run(scheduler, schedule(scheduler, steps=8))
+    run(scheduler, schedule(scheduler, steps=1))
+    assert len(scheduler.running) == 2 and pool.free_pages == 0
+    assert scheduler.schedule(4, 4, drained=False) is None and len(scheduler.running) == 2
+    plan = schedule(scheduler)
+    assert [s.index for s in plan.decoding] == [0]
+    last = scheduler.waiting[0]
+    assert (last.index, last.pages, last.computed) == (1, [], 0)
+    while scheduler.running and scheduler.running[0].index == 0:
+        run(scheduler, plan)
+        plan = schedule(scheduler)
+    chunk = plan.chunks[0]  # of what it had, all but its last token; the next one is no first
+    assert (chunk.start, chunk.end, chunk.samples) == (0, 7 + len(last.tokens) - 1, False)
+
+
+def test_full_pages_are_shared_and_the_last_token_is_computed():
+    prefix = list(range(16))
+    pool, scheduler = make(
+        32, [sequence(0, prefix + [50]), sequence(1, prefix + [60]), sequence(2, prefix)]
+    )
+    plan = schedule(scheduler)
+    # In the same call: rows append before they read.
+    assert [(c.start, c.end) for c in plan.chunks] == [(0, 17), (16, 17), (8, 16)]
+    first, second, third = (c.sequence for c in plan.chunks)
+    assert second.pages[:2] == first.pages[:2] and third.pages[:1] == first.pages[:1]
+    assert third.pages[1] != first.pages[1] and second.pages[2] != first.pages[2]
+    assert scheduler.shared_tokens == 24
+    for s in (first, second, third):
+        scheduler.drop(s)
+    assert pool.free_pages == 32
+
+
+def test_without_sharing_no_page_has_two_owners():
+    _, scheduler = make(32, [sequence(i, list(range(20))) for i in range(3)], share=False)
+    pages = [page for c in schedule(scheduler).chunks for page in c.sequence.pages]
+    assert len(set(pages)) == len(pages) == 9
+
+
+def test_what_was_generated_is_shared_too():
+    _, scheduler = make(32, [sequence(0, 8, limit=10)])
+    run(scheduler, schedule(scheduler, steps=16))
+    again = [*range(8), *[7] * 10]
+    scheduler.waiting.append(sequence(1, again))
+    (chunk,) = schedule(scheduler).chunks
+    assert chunk.start == 16  # of 17 that were cached, the full pages
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_any_load_ends_with_all_pages_free(share):
+    rng = random.Random(1)
+    for _ in range(20):
+        sequences = [
+            sequence(
+                i, [rng.randrange(2) for _ in range(rng.randrange(1, 60))], rng.randrange(1, 60)
+            )
+            for i in range(15)
+        ]
+        pool, scheduler = make(16, sequences, places=4, budget=rng.choice([16, 64]), share=share)
+        for _ in range(2000):
+            plan = schedule(scheduler, steps=rng.randrange(1, 9))
+            for chunk in plan.chunks:  # within what the sequence owns, and nobody else writes there
+                assert chunk.end <= len(chunk.sequence.pages) * 8
+            run(scheduler, plan)
+            if not (scheduler.waiting or scheduler.running):
+                break
+        assert pool.free_pages == 16
+        assert all(len(s.tokens) == s.limit for s in sequences)

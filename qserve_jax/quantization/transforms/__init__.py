@@ -13,6 +13,7 @@ from qserve_jax.quantization.transforms.center_keys import center_keys
 from qserve_jax.quantization.transforms.clip import clip_range, clip_ratios
 from qserve_jax.quantization.transforms.gptq import gptq_codes
 from qserve_jax.quantization.transforms.reorder import permute_ffn, reorder_ffn, reorder_values
+from qserve_jax.quantization.transforms.rotate_values import rotate_values
 from qserve_jax.quantization.transforms.rotation import fold_norms, hadamard_rotation, rotate
 from qserve_jax.quantization.transforms.smooth_attention import (
     search_smooth_attention,
@@ -37,6 +38,7 @@ __all__ = [
     "reorder_ffn",
     "reorder_values",
     "rotate",
+    "rotate_values",
     "search_smooth_attention",
     "smooth_attention",
     "smooth_down",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -46,7 +46,7 @@ class ActivationStats:
     hessian: dict[str, Array]
 
 
-ApplyFn = Callable[[Any, Array], dict[str, Array | InputStats]]
+ApplyFn = Callable[[Any, Array], Mapping[str, Array | InputStats]]
 """(params, tokens) -> the inputs of matmuls by name, [..., K] each, or already reduced."""
 
 
@@ -58,7 +58,12 @@ def reduce_input(x: Array, *, moment: bool = False) -> InputStats:
 
 
 def collect_statistics(
-    apply_fn: ApplyFn, params: Any, token_batches: Iterable[Array], *, hessians: bool = False
+    apply_fn: ApplyFn,
+    params: Any,
+    token_batches: Iterable[Array],
+    *,
+    hessians: bool = False,
+    first_layer: int = 0,
 ) -> ActivationStats:
     """Runs `apply_fn(params, tokens)` over batches and reduces what it returns.
 
@@ -67,6 +72,7 @@ def collect_statistics(
       name; only their maxima (and X^T X) leave the device program.
     token_batches: whatever apply_fn takes; one compilation per shape. Sharded batches and params
       stay where they are: the reductions become collectives.
+    first_layer: what errors call the first entry of a stack.
 
     Raises ValueError where there is no batch, or where an input is NaN or infinite, by name and
     index in its stack (the layer).
@@ -77,7 +83,7 @@ def collect_statistics(
     if total is None:
         raise ValueError("token_batches is empty: give at least one batch of calibration tokens")
     for name, stats in total.items():
-        _check_finite(name, stats.absmax)
+        _check_finite(name, stats.absmax, first_layer)
     return ActivationStats(
         absmax={name: s.absmax for name, s in total.items()},
         hessian={name: _hessian(s) for name, s in total.items() if s.moment is not None},
@@ -103,11 +109,11 @@ def _hessian(s: InputStats) -> Array:
     return 2 * s.moment / s.count[..., None, None]
 
 
-def _check_finite(name: str, absmax: Array) -> None:
+def _check_finite(name: str, absmax: Array, first_layer: int) -> None:
     bad = np.argwhere(~np.isfinite(np.asarray(absmax)))
     if len(bad):
         *stack, channel = map(int, bad[0])
-        where = f" of layer {stack[0]}" if stack else ""
+        where = f" of layer {first_layer + stack[0]}" if stack else ""
         raise ValueError(
             f"input {name!r}{where} is not finite in channel {channel}: correct the weights or the "
             "calibration text, or compute in a wider dtype"

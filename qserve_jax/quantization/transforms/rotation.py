@@ -95,18 +95,21 @@ def hadamard_rotation(n: int) -> np.ndarray:
 def hadamard(n: int) -> np.ndarray | None:
     """A matrix of +1 and -1 with H H^T = n I, or None where no construction here gives one.
 
-    Orders 2^a, q + 1 (Paley I: 12, 20, 60, 108, 140) and 2 (q + 1) (Paley II: 28, 36, 52), with q
-    a prime or its square, and their doubles (40).
+    Orders 2^a, q + 1 (Paley I: 12, 20, 60, 108, 140) and 2 (q + 1) (Paley II: 28, 36, 52, 148),
+    with q a prime or its square, and doubles of all of these, which are tried first: 3584 is
+    128 * 28, though 3583 is a prime too.
     """
     if n & (n - 1) == 0:
         return sylvester(n)
+    half = hadamard(n // 2) if n % 8 == 0 else None
+    if half is not None:
+        return np.kron(sylvester(2), half)
     if n % 4 == 0:
         for order, construct in ((n - 1, paley_one), (n // 2 - 1, paley_two)):
             chi = quadratic_characters(order)
             if chi is not None and order % 4 == (3 if construct is paley_one else 1):
                 return construct(chi)
-    half = hadamard(n // 2) if n % 8 == 0 else None
-    return None if half is None else np.kron(sylvester(2), half)
+    return None
 
 
 def sylvester(n: int) -> np.ndarray:
@@ -152,10 +155,10 @@ def quadratic_characters(q: int) -> np.ndarray | None:
     else:
         return None
     a, b = elements.T
-    squares = {*zip((a * a + r * b * b) % p, 2 * a * b % p, strict=True)} - {(0, 0)}
-    value = {(0, 0): 0} | dict.fromkeys(squares, 1)
-    difference = (elements[:, None] - elements) % p
-    return np.array([[value.get((x, y), -1) for x, y in row] for row in difference], float)
+    chi = np.full((p, p if r else 1), -1.0)
+    chi[(a * a + r * b * b) % p, 2 * a * b % p] = 1
+    chi[0, 0] = 0
+    return chi[(a[:, None] - a) % p, (b[:, None] - b) % p]
 
 
 def _odd_prime(n: int) -> bool:

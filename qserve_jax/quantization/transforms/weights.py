@@ -61,6 +61,11 @@ def quantize_with_statistics(
     time. Kernels that are not 4-bit are quantised, or left, as by `quantize_params`. Raises
     ValueError where a statistic is missing or of another shape.
     """
+    if not isinstance(stats, ActivationStats):
+        raise ValueError(
+            f"stats={type(stats).__name__} is no ActivationStats: use what collect_statistics "
+            "returns with hessians=True"
+        )
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
     planned = [plan_leaf(path, leaf, config, rules) for path, leaf in leaves]
     announce_fallbacks(planned, strict)
@@ -104,7 +109,8 @@ def _per_channel(w: Array, hessian: Array, *, plan: Plan, gptq: bool, clip: bool
 def _per_group(w: Array, hessian: Array, *, plan: Plan, gptq: bool, clip: bool) -> W4PerGroup:
     if not gptq:
         return _rounded_per_group(w, plan)
-    u, channel_scale, scale, zero = progressive_grid(w, plan.group_size, plan.scale_dtype)
+    options = plan.group_size, plan.scale_dtype, plan.round_level_one
+    u, channel_scale, scale, zero = progressive_grid(w, *options)
     codes = gptq_codes(u, hessian, scale, zero, bound=PROTECTIVE_RANGE)
     offset = (-zero * scale).astype(jnp.int8)
     assert plan.source is not None
@@ -119,7 +125,8 @@ def _per_group(w: Array, hessian: Array, *, plan: Plan, gptq: bool, clip: bool) 
 
 
 def _rounded_per_group(w: Array, plan: Plan) -> W4PerGroup:
-    codes, channel_scale, scale, offset = quantize_progressive(w, plan.group_size, plan.scale_dtype)
+    options = plan.group_size, plan.scale_dtype, plan.round_level_one
+    codes, channel_scale, scale, offset = quantize_progressive(w, *options)
     assert plan.source is not None
     packed = pack_nibbles(codes)
     return W4PerGroup(packed, channel_scale, scale, offset, plan.group_size, plan.source)

@@ -15,6 +15,7 @@ from qserve_jax.quantization.transforms import (
     reorder_ffn,
     reorder_values,
     rotate,
+    rotate_values,
     search_smooth_attention,
     smooth_attention,
     smooth_down,
@@ -121,6 +122,32 @@ def test_reorder(case):
     assert (np.diff(after, axis=-1) <= 1e-5).all()
 
 
+def test_rotate_values(case):
+    """Value heads v @ r, and what o_proj reads accordingly: each query head the same r."""
+    rotated = jax.jit(rotate_values, static_argnums=1)(case.params, case.config)
+    same(case, rotated)
+    before, after = (
+        np.asarray(attention_heads(case.model)(p, case.tokens)["layers/values"])
+        for p in (case.params, rotated)
+    )
+    # Of the first layer, which reads the same input.
+    r = hadamard_rotation(case.config.head_dim)
+    np.testing.assert_allclose(after[0], before[0] @ r, atol=1e-5 * np.abs(before[0]).max())
+    assert not np.allclose(after[0], before[0], atol=0.1)
+
+
+def test_rotate_values_spreads_an_outlier(make):
+    case = make(num_heads=4, num_kv_heads=1)
+    v = case.params["layers"]["v_proj"]["kernel"]
+    case.params["layers"]["v_proj"]["kernel"] = v.at[:, :, 3].multiply(50)
+    absmax = [
+        case.stats(p).absmax["layers/o_proj"]
+        for p in (case.params, rotate_values(case.params, case.config))
+    ]
+    peak = [float((x.max(-1) / jnp.median(x, axis=-1)).max()) for x in absmax]
+    assert peak[0] > 20 and peak[1] < 3
+
+
 def test_dtype_is_kept(make):
     case = make(qkv_bias=True, tie_embeddings=True)
     half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), case.params)
@@ -130,6 +157,7 @@ def test_dtype_is_kept(make):
         smooth_attention(half, case.config, stats),
         smooth_down(half, stats),
         reorder_ffn(half, stats),
+        rotate_values(half, case.config),
     ):
         assert {w.dtype.name for w in jax.tree.leaves(transformed)} == {"bfloat16"}
 

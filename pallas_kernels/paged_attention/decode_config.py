@@ -1,0 +1,123 @@
+"""How decode attention is cut into blocks, by rules that read shapes only, so also under jit.
+
+A worker is a warpgroup with a ring of pages of its own. The workers of a (row, KV head) take its
+pages in turn: `warpgroups` in a block, `cluster` blocks that add up in each other's shared memory
+(Hopper), `splits` blocks that add up through memory in a second step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from qserve_jax.pallas_kernels.paged_attention.decode_problem import COLUMNS, PAGE, Problem
+
+SMS = 132
+"""Of the GPU that the rules are for. Others are filled as well, or nearly."""
+FEW_BLOCKS = 2 * SMS
+"""With fewer (row, KV head) than this a row is worth splitting."""
+RING_BYTES = 26_112
+"""Pages under way for each worker: three of 4 bits and head_dim 128, four workers an SM."""
+SHARED_LIMIT = 232_448
+PAGES_EACH = 1
+"""Pages that a worker should have at least, where the table is that wide."""
+SPLIT_PAGES = 32
+"""Pages that a split should have at least: below, adding up through memory costs more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """stages: pages in a worker's ring; see the module for the others."""
+
+    stages: int
+    warpgroups: int = 1
+    cluster: int = 1
+    splits: int = 1
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.warpgroups
+
+    @property
+    def warps(self) -> int:
+        return 4 * self.warpgroups
+
+    @property
+    def workers(self) -> int:
+        return self.warpgroups * self.cluster * self.splits
+
+    @property
+    def alone(self) -> bool:
+        """Whether a block's sums are the row's."""
+        return self.cluster == self.splits == 1
+
+
+def choose_config(p: Problem, *, clusters: bool) -> DecodeConfig:
+    """clusters: whether the GPU has them."""
+    stages = min(6, max(2, round(RING_BYTES / p.block_bytes), 3 if p.bits == 8 else 2))
+    pages = p.width if p.window is None else min(p.width, -(-p.window // PAGE) + 1)
+    blocks = p.rows * p.head_blocks
+    wanted = 1 if blocks >= FEW_BLOCKS else -(-2 * FEW_BLOCKS // max(blocks, 1))
+    wanted = max(1, min(wanted, -(-pages // PAGES_EACH)))
+    warpgroups = _power_of_two(min(4, wanted))
+    while warpgroups > 1 and not _fits(p, DecodeConfig(stages, warpgroups)):
+        warpgroups //= 2
+    room = max(1, SMS // max(blocks, 1))  # blocks of a row that still run at once
+    cluster = _power_of_two(min(8, room, wanted // warpgroups)) if clusters else 1
+    splits = min(room, wanted // warpgroups, pages // SPLIT_PAGES)
+    if splits >= 2 * cluster:  # eight blocks of a cluster leave most of the GPU idle
+        return DecodeConfig(stages, warpgroups, 1, splits)
+    return DecodeConfig(stages, warpgroups, cluster, 1)
+
+
+def _power_of_two(limit: int) -> int:
+    return 1 << max(limit, 1).bit_length() - 1
+
+
+def _fits(p: Problem, config: DecodeConfig) -> bool:
+    return shared_memory(p, config).size <= SHARED_LIMIT
+
+
+def check_config(p: Problem, config: DecodeConfig) -> None:
+    """Raises ValueError on a config that cannot run."""
+    size = shared_memory(p, config).size
+    for wrong, why in (
+        (config.stages < 2, "stages must be at least 2"),
+        (config.warpgroups not in (1, 2, 4), "warpgroups must be 1, 2 or 4"),
+        (config.cluster not in (1, 2, 4, 8), "cluster must be 1, 2, 4 or 8"),
+        (config.splits < 1, "splits must be at least 1"),
+        (config.cluster > 1 < config.splits, "cluster or splits must be 1"),
+        (size > SHARED_LIMIT, f"takes {size} bytes of shared memory, at most {SHARED_LIMIT}"),
+    ):
+        if wrong:
+            raise ValueError(f"{config} cannot run: {why}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedMemory:
+    """Offsets in bytes. The ring is first; the sums of all warps lie where it was.
+
+    sums: [warp][query head][head_dim] float32, padded. tops: [warp][maxima of 8, totals of 8].
+    block: [query head][head_dim] of the block, then [query head][maximum, total].
+    """
+
+    ring: int
+    head_stride: int
+    tops: int
+    block: int
+    block_tops: int
+    size: int
+
+
+def shared_memory(p: Problem, config: DecodeConfig) -> SharedMemory:
+    return _shared_memory(p.head_dim, p.block_bytes, config)
+
+
+@functools.cache
+def _shared_memory(head_dim: int, block_bytes: int, config: DecodeConfig) -> SharedMemory:
+    ring = config.stages * block_bytes
+    head_stride = 4 * head_dim + 16
+    tops = max(config.warpgroups * ring, config.warps * COLUMNS * head_stride)
+    block = tops + config.warps * 64
+    block_tops = block + (0 if config.cluster == 1 else COLUMNS * 4 * head_dim)
+    return SharedMemory(ring, head_stride, tops, block, block_tops, block_tops + 8 * COLUMNS)

@@ -1,0 +1,159 @@
+"""The body of decode attention, which both backends share; they differ in how pages are copied.
+
+How it works, on one page: docs/paged_attention.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from qserve_jax.pallas_kernels import intrinsics as ptx
+from qserve_jax.pallas_kernels.intrinsics import I32
+from qserve_jax.pallas_kernels.paged_attention import decode_page as page
+from qserve_jax.pallas_kernels.paged_attention.decode_config import (
+    SMS,
+    DecodeConfig,
+    check_config,
+    choose_config,
+    shared_memory,
+)
+from qserve_jax.pallas_kernels.paged_attention.decode_merge import (
+    PARTIAL_EXTRA,
+    add_splits,
+    merge,
+)
+from qserve_jax.pallas_kernels.paged_attention.decode_problem import Problem, gather
+from qserve_jax.pallas_kernels.paged_attention.decode_query import (
+    State,
+    load_query,
+    start_state,
+)
+from qserve_jax.pallas_kernels.paged_attention.decode_thread import Thread
+from qserve_jax.quantization.qtensor import Array
+
+
+class Copies(Protocol):
+    """How a worker's ring is filled. ahead: how many pages before its turn a page is asked for."""
+
+    ahead: int
+
+    def start(self) -> None:
+        """The first pages are on their way."""
+
+    def wait(self, i: I32, slot: I32, parity: I32, later: I32) -> I32:
+        """Until the i-th page has come, in this slot -> its address."""
+        ...
+
+    def release(self, slot: I32) -> None:
+        """This warp has read the slot."""
+
+    def refill(self, i: I32, slot: I32, parity: I32, later: I32) -> None:
+        """Ask for page i + ahead, whose id is `later`, when the slot is free."""
+
+
+MakeCopies = Callable[[Problem, DecodeConfig, Thread, Any], Copies]
+
+
+def attention(
+    backend: str,
+    make_copies: MakeCopies,
+    q: Array,
+    *args: Any,
+    config: DecodeConfig | None = None,
+    clusters: bool,
+    barriers: Callable[[DecodeConfig], int],
+    arch: tuple[int, int] | None,
+    **kwargs: Any,
+) -> Array:
+    """See `api.paged_attention`; q [B, 1, N, H].
+
+    config: None for the rules of `choose_config`.
+    """
+    if q.size == 0 and q.shape[1] == 1:
+        return jnp.zeros_like(q)
+    problem, operands = gather(backend, q, *args, **kwargs)
+    if problem.rows * problem.head_blocks <= SMS and problem.ordered:  # all start at once
+        operands.pop("order")
+        problem = dataclasses.replace(problem, ordered=False)
+    chosen = config or choose_config(problem, clusters=clusters)
+    check_config(problem, chosen)
+    b, n, h = problem.rows, problem.heads, problem.head_dim
+    out = jax.ShapeDtypeStruct((b, n, h), q.dtype)
+    if chosen.splits > 1:
+        out = jax.ShapeDtypeStruct((chosen.splits, b, n, h + PARTIAL_EXTRA), jnp.float32)
+    y = ptx.launch(
+        functools.partial(_body, problem, chosen, make_copies, tuple(operands)),
+        tuple(operands.values()),
+        out,
+        name=f"paged_attention_kv{problem.bits}_{backend.removeprefix('mosaic_')}",
+        blocks=b * problem.head_blocks * chosen.splits * chosen.cluster,
+        warpgroups=chosen.warpgroups,
+        cluster=chosen.cluster,
+        shared_bytes=shared_memory(problem, chosen).size,
+        barriers=barriers(chosen),
+        arch=arch,
+    )
+    y = add_splits(problem, y) if chosen.splits > 1 else y
+    return y.reshape(q.shape)
+
+
+def _body(
+    p: Problem, config: DecodeConfig, make_copies: MakeCopies, names: tuple[str, ...], *refs: Any
+) -> None:
+    """The kernel. refs: the operands called `names`, the output, shared memory (and barriers)."""
+    operands, (out, shared, *barriers) = refs[: len(names)], refs[len(names) :]
+    t = Thread(p, config, dict(zip(names, operands, strict=True)) | {"out": out}, shared)
+    copies = make_copies(p, config, t, barriers)
+    copies.start()
+    query = load_query(p, t)
+    ptx.sync_block(config.threads)  # barriers are initialised
+    state = start_state(p, t)  # one warp's: the others need not wait for it
+    state = _main_loop(p, config, t, copies, query, state)
+    merge(p, config, t.again(p, config), state)
+
+
+def _main_loop(p: Problem, config: DecodeConfig, t: Thread, copies: Copies, query, state: State):
+    lane = page.Lane(p, t)
+    early = p.bits == 4  # V fits in registers beside K, and the slot is free sooner
+
+    def step(i: I32, carry: list[Any]) -> list[Any]:
+        *registers, slot, parity = carry
+        state = State.of(registers)
+        now, later = (
+            t.page_id(p, i),
+            t.page_id(p, i + copies.ahead),
+        )  # read before they are waited for
+        block = copies.wait(i, slot, parity, later)
+        keys, words = page.load_keys(p, lane, block), page.load_scales(p, lane, block)
+        values = page.load_values(p, lane, block) if early else None
+        if early:
+            copies.release(slot)
+        seen = page.seen_tokens(p, t, lane, i, now)
+        products = page.key_products(p, query, keys)
+        key_scales, value_scales = page.unpack_scales(p, words, seen)
+        score = functools.partial(page.scores, p, query, products, key_scales, seen)
+        zero = ptx.constant_float(0)
+        state, relative = page.follow_top(p, state, score([zero - x for x in state.top]), score)
+        state, weights = page.weigh(state, relative, value_scales)
+        fragments = page.weight_fragments(p, weights)
+        values = values or page.load_values(p, lane, block)
+        if not early:
+            copies.release(slot)
+        for piece, part in enumerate(values):
+            page.add_values(p, state.acc, piece, part, seen, fragments)
+        copies.refill(i, slot, parity, later)
+        last = slot.is_(config.stages - 1)
+        return [
+            *state.registers(),
+            ptx.select(last, 0, slot + 1),
+            ptx.select(last, parity ^ 1, parity),
+        ]
+
+    start = [*state.registers(), ptx.constant(0), ptx.constant(0)]
+    return State.of(ptx.loop(t.pages, start, step)[:-2])

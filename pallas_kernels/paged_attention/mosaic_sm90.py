@@ -1,0 +1,73 @@
+"""Decode attention on Hopper: a page of a KV head is one bulk copy."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from qserve_jax.pallas_kernels import intrinsics as ptx
+from qserve_jax.pallas_kernels.intrinsics import I32
+from qserve_jax.pallas_kernels.paged_attention import mosaic_decode
+from qserve_jax.pallas_kernels.paged_attention.decode_config import DecodeConfig
+from qserve_jax.pallas_kernels.paged_attention.decode_problem import Problem
+from qserve_jax.pallas_kernels.paged_attention.decode_thread import Thread
+
+
+class BulkCopies:
+    """The first thread of a worker copies. Of each slot a barrier counts the bytes that came, and
+    another the four warps that have read it."""
+
+    def __init__(self, p: Problem, config: DecodeConfig, t: Thread, barriers: list[Any]):
+        self.p, self.t, self.stages, self.ahead = p, t, config.stages, config.stages
+        (ref,) = barriers
+        self.barriers = ptx.shared_address(ref) + t.warpgroup * (16 * config.stages)
+        self.copies = (t.index & 127).is_(0)
+
+    def _full(self, slot: I32) -> I32:
+        return self.barriers + slot * 8
+
+    def _empty(self, slot: I32) -> I32:
+        return self.barriers + slot * 8 + 8 * self.stages
+
+    def _copy(self, slot: I32, page: I32) -> None:
+        size = self.p.block_bytes
+        ptx.expect_bytes(self._full(slot), size)
+        target = self.t.ring + slot * size
+        ptx.copy_to_shared(target, self.t.page_source(self.p, page), size, self._full(slot))
+
+    def start(self) -> None:
+        slots = [ptx.constant(i) for i in range(self.stages)]
+        pages = [self.t.page_id(self.p, i) for i in range(self.stages)]
+        with ptx.when(self.copies):
+            for slot in slots:
+                ptx.init_barrier(self._full(slot), arrivals=1)
+                ptx.init_barrier(self._empty(slot), arrivals=4)
+            ptx.publish_barriers()
+            for slot, page in zip(slots, pages, strict=True):
+                with ptx.when(slot < self.t.pages):
+                    self._copy(slot, page)
+
+    def wait(self, i: I32, slot: I32, parity: I32, later: I32) -> I32:
+        ptx.wait(self._full(slot), parity)
+        return self.t.ring + slot * self.p.block_bytes
+
+    def release(self, slot: I32) -> None:
+        ptx.fence_reads()
+        ptx.sync_warp()
+        with ptx.when(self.t.lane.is_(0)):
+            ptx.arrive(self._empty(slot))
+
+    def refill(self, i: I32, slot: I32, parity: I32, later: I32) -> None:
+        with ptx.when(self.copies & (i + self.stages < self.t.pages)):
+            ptx.wait(self._empty(slot), parity)
+            self._copy(slot, later)
+
+
+decode = functools.partial(
+    mosaic_decode.attention,
+    "mosaic_sm90",
+    BulkCopies,
+    clusters=True,
+    barriers=lambda config: 2 * config.stages * config.warpgroups,
+    arch=None,
+)

@@ -1,0 +1,302 @@
+"""Attention and append beside cuDNN's bf16 attention, by one clock, with the cache out of the L2.
+
+decode           one token per sequence over the paged cache           report["rows"]
+append           RoPE, quantise and append of one token per sequence   report["append"]
+prefill          fresh prompts over themselves                         report["prefill"]
+chunked prefill  a chunk over the pages before it and itself           report["chunked_prefill"]
+
+`clock.PROTOCOL` says how times are taken. A case that fails is a problem, and ends no other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qserve_jax.benchmarks.attention_cases import (
+    LLAMA3_8B,
+    Case,
+    Heads,
+    Paged,
+    make_paged,
+    normal,
+)
+from qserve_jax.benchmarks.attention_error import attend_row, worst_error
+from qserve_jax.benchmarks.ceilings import measure_ceilings
+from qserve_jax.benchmarks.matmul import Bench
+from qserve_jax.benchmarks.operands import copies_of
+from qserve_jax.benchmarks.report import Report
+from qserve_jax.pallas_kernels import paged_attention, rope_append_kv
+from qserve_jax.pallas_kernels.paged_attention import longest_first
+from qserve_jax.quantization.qtensor import Array, KVCache
+
+BASELINE: Any = "cudnn"
+"""The implementation of `jax.nn.dot_product_attention` that ours is compared with."""
+
+LISTS = ("append", "prefill", "chunked_prefill")
+TIMED_LAYER = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What to measure: decode cases, of each backend, and the other three for these heads."""
+
+    cases: tuple[Case, ...]
+    backends: tuple[str, ...]
+    kv_bits: tuple[int, ...]
+    heads: Heads = LLAMA3_8B
+    append_batches: tuple[int, ...] = (1, 256)
+    prompts: tuple[tuple[int, int], ...] = ((8, 1024),)
+    chunks: tuple[tuple[int, int], ...] = ((1024, 2048), (1024, 8192))
+
+
+def run_sweep(sweep: Sweep, bench: Bench) -> None:
+    """Measure what the report lacks."""
+    if not bench.report["ceilings"]:
+        bench.say("ceilings: copy and read of 1 GiB, bf16 and int8 products of 8192 x 8192")
+        bench.report["ceilings"] = measure_ceilings(bench.clock)
+        bench.save(bench.report)
+    for case in sweep.cases:
+        make_paged.cache_clear()  # room for the baseline's copies
+        full = (case.heads, case.kv_heads, case.head_dim) == sweep.heads and case.kv_bits == 4
+        for backend in sweep.backends:
+            for attends in ("quantized", "full") if full else ("quantized",):
+                row = {"backend": backend, **case.place, "attends": attends}
+                measure = functools.partial(_decode, case, backend, attends, bench)
+                _guarded(bench, "rows", row, measure)
+    for backend in sweep.backends:
+        for bits in sweep.kv_bits:
+            for batch in sweep.append_batches:
+                row = _sizes(backend, sweep.heads) | {"kv_bits": bits, "b": batch}
+                measure = functools.partial(_append, sweep.heads, bits, batch, backend, bench)
+                _guarded(bench, "append", row, measure)
+        for batch, tokens in sweep.prompts:
+            row = _sizes(backend, sweep.heads) | {"b": batch, "tokens": tokens}
+            measure = functools.partial(_prefill, sweep.heads, batch, tokens, backend, bench)
+            _guarded(bench, "prefill", row, measure)
+        for bits in sweep.kv_bits:
+            for chunk, context in sweep.chunks:
+                row = _sizes(backend, sweep.heads) | {"kv_bits": bits, "chunk": chunk}
+                case = Case(*sweep.heads, bits, (context,))
+                measure = functools.partial(_chunk, case, chunk, backend, bench)
+                _guarded(bench, "chunked_prefill", row | {"ctx": context}, measure)
+
+
+def _sizes(backend: str, heads: Heads) -> dict[str, Any]:
+    return {"backend": backend, **dict(zip(("heads", "kv_heads", "head_dim"), heads, strict=True))}
+
+
+def _guarded(
+    bench: Bench, name: str, row: dict[str, Any], measure: Callable[[], dict[str, Any]]
+) -> None:
+    """Add row | measure() to a list of the report, unless it has it; a failure is a problem."""
+    if any(all(old.get(k) == v for k, v in row.items()) for old in bench.report[name]):
+        return
+    place = " ".join(f"{k}={v}" for k, v in row.items() if k != "lengths")
+    place = f"{name if name != 'rows' else 'decode'} {place}"
+    bench.say(place)
+    try:
+        found = measure()
+    except NotImplementedError as refusal:
+        bench.say(f"{place}: {_line(refusal)}")
+        return
+    except Exception as failure:  # out of memory too: the other cases go on
+        bench.problem(f"{place}: {_line(failure)}")
+        return
+    if "gbps" in found and not bench.believes(place, found["gbps"]):
+        return
+    bench.report[name].append(row | found)
+    bench.save(bench.report)
+
+
+# Decode
+
+
+def _decode(case: Case, backend: str, attends: str, bench: Bench) -> dict[str, Any]:
+    baseline = _baseline(case, bench)
+    paged = make_paged(case)
+    q = normal((case.batch, case.heads, case.head_dim), 2)
+    new = normal((2, case.batch, case.kv_heads, case.head_dim), 3)
+    order = longest_first(paged.lens) if len(set(case.lengths)) > 1 else None
+
+    @jax.jit
+    def run(pages: Array, q: Array, new: Array, table: Array, lens: Array, order: Any, layer: Any):
+        cache = KVCache(pages, case.kv_bits, case.head_dim)
+        options = {"attends": attends, "order": order, "layer": layer, "backend": backend}
+        more = {"new_k": new[0], "new_v": new[1]} if attends == "full" else {}
+        return paged_attention(q, cache, table, lens, **more, **options)
+
+    fixed = (paged.cache.pages, q, new, paged.table, paged.lens, order)
+    out = run(*fixed, paged.layers[TIMED_LAYER])
+    error = worst_error(case, paged, TIMED_LAYER, q, out) if attends == "quantized" else None
+    us = bench.median_us(run, fixed, paged.layers)
+    return {
+        "us": us,
+        "cudnn_bf16_us": baseline,
+        "gbps": case.bytes_read / us / 1e3,
+        "rel_err": error,
+    }
+
+
+def _baseline(case: Case, bench: Bench) -> float | None:
+    """cuDNN on a contiguous bf16 cache of the same lengths, once for all bits; None where it
+    fails."""
+    sizes = {k: v for k, v in case.place.items() if k != "kv_bits"}
+    for known in bench.report["baselines"]:
+        if all(known.get(k) == v for k, v in sizes.items()):
+            return known["cudnn_bf16_us"]
+    try:
+        us = _time_baseline(case, bench)
+    except Exception as failure:
+        bench.problem(f"{BASELINE} {sizes if 'ctx' in sizes else 'ragged'}: {_line(failure)}")
+        us = None
+    bench.report["baselines"].append(sizes | {"cudnn_bf16_us": us})
+    return us
+
+
+def _time_baseline(case: Case, bench: Bench) -> float:
+    longest = max(case.lengths)
+    shape = (case.batch, longest, case.kv_heads, case.head_dim)
+    nbytes = 4 * int(np.prod(shape))
+    q = normal((case.batch, 1, case.heads, case.head_dim), 2)
+    lens = jnp.asarray(case.lengths, jnp.int32) if len(set(case.lengths)) > 1 else None
+    run = jax.jit(functools.partial(_attend_contiguous, causal=False))
+    sides = [(normal(shape, 2 * i), normal(shape, 2 * i + 1)) for i in range(copies_of(nbytes))]
+    return bench.median_us(run, (q, lens), sides)
+
+
+def _attend_contiguous(q: Array, lens: Array | None, sides: Any, *, causal: bool) -> Array:
+    k, v = sides
+    lengths: dict[str, Any] = {}
+    if lens is not None:
+        lengths = {
+            "query_seq_lengths": jnp.full_like(lens, q.shape[1]),
+            "key_value_seq_lengths": lens,
+        }
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=causal, implementation=BASELINE, **lengths
+    )
+
+
+# Append, prefill, chunked prefill
+
+
+def _append(heads: Heads, bits: int, batch: int, backend: str, bench: Bench) -> dict[str, Any]:
+    """One token per sequence into pages of 1024 tokens each, the layers in turn."""
+    n, kv_heads, head_dim = heads
+    made = make_paged(Case(*heads, bits, (1024,) * batch), layers=4)
+    paged = dataclasses.replace(made, cache=jax.tree.map(jnp.copy, made.cache))  # it is donated
+    slots = paged.table[:, 3] * 64 + jnp.arange(batch, dtype=jnp.int32) % 64
+    qkv = [normal((batch, n + 2 * kv_heads, head_dim), i) for i in range(8)]
+    angles = jnp.linspace(0.0, 100.0, batch * head_dim // 2).reshape(batch, -1)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(pages: Array, qkv: Array, cos: Array, sin: Array, slots: Array, layer: Array):
+        cache = KVCache(pages, bits, head_dim)
+        options = {"layer": layer, "backend": backend}
+        *heads, cache = rope_append_kv([qkv], cos, sin, cache, slots, **options)
+        return cache.pages, heads
+
+    state = [paged.cache.pages]
+
+    turn = jnp.cos(angles), jnp.sin(angles)
+    call = functools.partial(_append_once, run, state, qkv, turn, slots, paged.layers)
+    return {"us": statistics.median(bench.clock(call))}
+
+
+def _append_once(
+    run: Any, state: list, qkv: list, turn: Any, slots: Array, layers: list, i: int
+) -> Any:
+    """One call: the cache in `state` is donated, and replaced by what comes back."""
+    state[0], heads = run(state[0], qkv[i % len(qkv)], *turn, slots, layers[i % len(layers)])
+    return heads
+
+
+def _prefill(heads: Heads, batch: int, tokens: int, backend: str, bench: Bench) -> dict[str, Any]:
+    """Fresh prompts of the full length, beside the same attention without lengths."""
+    n, kv_heads, head_dim = heads
+    cache = make_paged(Case(*heads, 4, (64,)), layers=1).cache
+    q, sides = normal((batch, tokens, n, head_dim), 0), _new(batch, tokens, heads)
+    lens = jnp.full(batch, tokens, jnp.int32)
+
+    @jax.jit
+    def run(pages: Array, q: Array, lens: Array, sides: Any) -> Array:
+        table = jnp.zeros((batch, 0), jnp.int32)
+        more = {"new_k": sides[0], "new_v": sides[1], "layer": 0, "backend": backend}
+        return paged_attention(q, KVCache(pages, 4, head_dim), table, lens, **more)
+
+    us = bench.median_us(run, (cache.pages, q, lens), [sides])
+    plain = jax.jit(functools.partial(_attend_contiguous, causal=True))
+    other = _median_or_none(bench, plain, (q, None), [sides])
+    operations = 2 * batch * n * tokens * (tokens + 1) * head_dim
+    return {"us": us, "cudnn_bf16_us": other, "tflops": operations / us / 1e6}
+
+
+def _new(batch: int, tokens: int, heads: Heads) -> tuple[Array, Array]:
+    shape = (batch, tokens, *heads[1:])
+    return normal(shape, 1), normal(shape, 2)
+
+
+def _chunk(case: Case, chunk: int, backend: str, bench: Bench) -> dict[str, Any]:
+    """The last `chunk` tokens of a sequence whose every token is attended as stored. The baseline
+    sees all keys of a contiguous cache from each query, which is somewhat more."""
+    (context,) = case.lengths
+    paged = make_paged(case)
+    q = normal((1, chunk, case.heads, case.head_dim), 2)
+    lens = (paged.lens, jnp.full(1, chunk, jnp.int32))
+
+    @jax.jit
+    def run(pages: Array, q: Array, table: Array, lens: Any, layer: Array) -> Array:
+        cache = KVCache(pages, case.kv_bits, case.head_dim)
+        options = {"query_lens": lens[1], "attends": "quantized", "backend": backend}
+        return paged_attention(q, cache, table, lens[0], layer=layer, **options)
+
+    fixed = (paged.cache.pages, q, paged.table, lens)
+    out = run(*fixed, paged.layers[TIMED_LAYER])
+    us = bench.median_us(run, fixed, paged.layers)
+    plain = jax.jit(functools.partial(_attend_contiguous, causal=False))
+    other = _median_or_none(bench, plain, (q, None), [_new(1, context, _heads(case))])
+    operations = 4 * case.heads * case.head_dim * chunk * (context - (chunk - 1) / 2)
+    error = _chunk_error(case, paged, q, out)
+    tflops = operations / us / 1e6
+    return {"us": us, "cudnn_bf16_us": other, "tflops": tflops, "rel_err": error}
+
+
+def _heads(case: Case) -> Heads:
+    return case.heads, case.kv_heads, case.head_dim
+
+
+def _chunk_error(case: Case, paged: Paged, q: Array, out: Array) -> float:
+    """Against float64, of the worst of three queries."""
+    (context,) = case.lengths
+    errors = []
+    for at in (0, q.shape[1] // 2, q.shape[1] - 1):
+        seen = dataclasses.replace(case, lengths=(context - q.shape[1] + 1 + at,))
+        exact = attend_row(seen, paged, TIMED_LAYER, 0, np.asarray(q[0, at], np.float64))
+        difference = np.asarray(out[0, at], np.float64) - exact
+        errors.append(np.linalg.norm(difference) / np.linalg.norm(exact))
+    return float(np.max(errors))
+
+
+def _median_or_none(bench: Bench, run: Any, fixed: tuple, rotating: list) -> float | None:
+    try:
+        return bench.median_us(run, fixed, rotating)
+    except Exception as failure:
+        bench.problem(f"{BASELINE}: {_line(failure)}")
+        return None
+
+
+def attention_report(start: Report) -> Report:
+    """A report without results, for this benchmark."""
+    return start | {"op": "attention"} | {name: [] for name in LISTS}
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]

@@ -1,0 +1,61 @@
+"""The error of an attention output against float64, on sequences of the timed call."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from qserve_jax.benchmarks.attention_cases import PAGE, Case, Paged
+
+SAMPLES = 3
+
+
+def sampled_rows(lengths: tuple[int, ...]) -> list[int]:
+    """The longest, the shortest, and the last sequence."""
+    order = np.argsort(lengths, kind="stable")
+    return sorted({int(order[-1]), int(order[0]), len(lengths) - 1})[:SAMPLES]
+
+
+def worst_error(case: Case, paged: Paged, layer: int, q: jax.Array, out: jax.Array) -> float:
+    """Relative Frobenius error of out [B, N, H], of the worst of the sampled sequences, for every
+    token as stored in the cache; q [B, N, H]."""
+    errors = []
+    for row in sampled_rows(case.lengths):
+        exact = attend_row(case, paged, layer, row, np.asarray(q[row], np.float64))
+        found = np.asarray(out[row], np.float64)
+        errors.append(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+    return float(np.max(errors))  # NaN where there is one
+
+
+def attend_row(case: Case, paged: Paged, layer: int, row: int, q: np.ndarray) -> np.ndarray:
+    """float64 [N, H] of one token that sees the whole sequence."""
+    pages = paged.table[row, : case.pages[row]]
+    blocks = np.asarray(paged.cache.pages[layer, pages])
+    group = case.heads // case.kv_heads
+    outs = []
+    for head in range(case.kv_heads):
+        k, v = dequantized(case, blocks[:, head])
+        k, v = k[: case.lengths[row]], v[: case.lengths[row]]
+        scores = q[head * group : (head + 1) * group] @ k.T * case.head_dim**-0.5
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        outs.append(weights @ v / weights.sum(-1, keepdims=True))
+    return np.concatenate(outs)
+
+
+def dequantized(case: Case, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """K and V float64 [tokens, H] of the pages of one KV head, by the layout's own words."""
+    h, bits = case.head_dim, case.kv_bits
+    if bits == 16:  # [pages, 2, PAGE, H]
+        k, v = (blocks[:, side].astype(np.float64).reshape(-1, h) for side in (0, 1))
+        return k, v
+    octets = np.ascontiguousarray(blocks).view(np.uint8)  # K codes, V codes, (sk, ck, sv, cv)
+    side = PAGE * h * bits // 8
+    scales = octets[:, 2 * side :].copy().view(np.float16).astype(np.float64).reshape(-1, 4)
+    sides = []
+    for i in range(2):
+        codes = octets[:, i * side : (i + 1) * side].reshape(-1, h * bits // 8)
+        if bits == 4:
+            codes = np.stack([codes & 15, codes >> 4], -1).reshape(-1, h)
+        centred = codes.astype(np.float64) - 2 ** (bits - 1)
+        sides.append(centred * scales[:, 2 * i : 2 * i + 1] + scales[:, 2 * i + 1 : 2 * i + 2])
+    return sides[0], sides[1]

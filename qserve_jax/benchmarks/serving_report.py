@@ -1,0 +1,138 @@
+"""What the serving benchmarks found: rows, their JSON file, table and plot.
+
+The file: device, jax, commit, versions; rows {"bench", "model", "precision", "group_size", "batch",
+"input", "output", "tokens_per_s", "ttft_ms", "tpot_ms", "peak_gib", "gpus", ...}. tokens_per_s is
+null where a case does not fit, and `problem` says why. peak_gib is that of the process so far: for
+the peak of one case run that case alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from qserve_jax.benchmarks.provenance import provenance
+
+Row = dict[str, Any]
+KEY = (
+    *("bench", "model", "precision", "group_size", "batch", "input", "output", "gpus", "rate"),
+    *("attends", "lm_head_bits"),
+)
+"""What tells cases apart."""
+COLUMNS = (
+    *("bench", "model", "precision", "group_size", "batch", "input", "output", "rate"),
+    *("tokens_per_s", "ttft_ms", "tpot_ms", "weights_gib", "cache_gib", "peak_gib"),
+)
+
+
+def empty_report() -> dict[str, Any]:
+    """A report of this machine and commit, without rows."""
+    found = provenance()
+    origin = {name: found[name] for name in ("device", "commit")}
+    return {**origin, "jax": found["versions"]["jax"], "versions": found["versions"], "rows": []}
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A saved report, or an empty one. Raises ValueError on a file of another kind or origin."""
+    here = empty_report()
+    if not path.exists():
+        return here
+    try:
+        report = json.loads(path.read_text())
+        rows_fit = all({"bench", "tokens_per_s"} <= row.keys() for row in report["rows"])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        rows_fit, report = False, {}
+    if not rows_fit:
+        raise ValueError(f"{path} holds no results of this command: name another file")
+    for name in ("device", "jax", "commit"):
+        if report.get(name) != here[name]:
+            raise ValueError(
+                f"{path} is of {name} {report.get(name)!r}, this is {here[name]!r}: "
+                "name another file"
+            )
+    return report
+
+
+def same_case(a: Row, b: Row) -> bool:
+    return all(a.get(name) == b.get(name) for name in KEY)
+
+
+def markdown(rows: list[Row]) -> str:
+    """A table of COLUMNS, with the reasons of what does not fit below."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    lines += [f"| {' | '.join(_cell(row.get(name)) for name in COLUMNS)} |" for row in rows]
+    problems = dict.fromkeys(str(row["problem"]) for row in rows if row.get("problem"))
+    return "\n".join([*lines, *problems])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def as_csv(rows: list[Row]) -> str:
+    """All columns that any row has."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(names), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue().rstrip("\n")
+
+
+def curves(rows: list[Row]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Panels of curves: for each protocol, for each model and precision, (x, y), x rising.
+
+    Throughput and decoding: tokens/s over the batch. Latency: median time to the first token (ms)
+    over the rate.
+    """
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in rows:
+        if row.get("tokens_per_s") is None:
+            continue
+        is_latency = row["bench"] == "latency"
+        point = (
+            (row["rate"], row["ttft_p50_ms"])
+            if is_latency
+            else (
+                row["batch"],
+                row["tokens_per_s"],
+            )
+        )
+        label = f"{row['model']} {row['precision']}"
+        panels.setdefault(row["bench"], {}).setdefault(label, []).append(point)
+    return {name: {k: sorted(v) for k, v in panel.items()} for name, panel in panels.items()}
+
+
+AXES = {
+    "throughput": ("requests at once", "generated tokens/s"),
+    "decode": ("batch", "tokens/s"),
+    "latency": ("requests/s", "median time to first token, ms"),
+}
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Write a picture in the format of the suffix. Raises ValueError where there are no rows."""
+    panels = curves(report["rows"])
+    if not panels:
+        raise ValueError(f"there is no row to plot into {path}: measure some first")
+    figure = importlib.import_module("matplotlib.figure").Figure(
+        figsize=(6 * len(panels), 4.5), layout="constrained"
+    )
+    axes: Any = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (name, lines) in zip(axes, panels.items(), strict=True):
+        for label, points in lines.items():
+            ax.plot(*zip(*points, strict=True), marker="o", label=label)
+        ax.set(title=name, xlabel=AXES[name][0], ylabel=AXES[name][1])
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set_ylim(bottom=0)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize="small")
+    figure.suptitle(f"Serving on {report['device']}")
+    figure.savefig(path)

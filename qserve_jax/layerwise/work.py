@@ -1,0 +1,146 @@
+"""The folder of an unfinished output: finished layers, and what they were made from.
+
+`OUTPUT.partial` holds one file of safetensors per layer, under its final name, and the report,
+which doubles as the manifest: settings first, then an entry for each finished part. Each file is
+renamed into place when it is whole, a part's before its entry, so that a killed run leaves a valid
+folder. It becomes OUTPUT by one rename, after config.json, without which nothing loads, was added.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from qserve_jax.checkpoint.atomic import check_free, copy_companions, partial_of
+from qserve_jax.checkpoint.errors import CheckpointError, listing
+from qserve_jax.checkpoint.hf import INDEX, read_json, tensor_specs
+from qserve_jax.models.config import brief
+
+REPORT = "quantization_report.json"
+
+
+@dataclasses.dataclass
+class Work:
+    """An output that is being made, a file for each part: the first holds what is no layer, then
+    one layer each. settings: what it depends on. parts: what is told of each finished one."""
+
+    final: Path
+    folder: Path
+    num_parts: int
+    settings: dict[str, Any]
+    parts: list[dict[str, Any]]
+
+    def add(self, tensors: Mapping[str, np.ndarray], entry: dict[str, Any]) -> None:
+        """Keep the next part."""
+        file = self._file(len(self.parts))
+        _write_tensors(file, tensors)
+        self.parts.append(entry)
+        content = {"settings": self.settings, "parts": self.parts}
+        _write_whole(self.folder / REPORT, json.dumps(content, indent=1) + "\n")
+
+    def finish(self, config: dict[str, Any], companions: Path | None) -> None:
+        """All parts are there: make them a checkpoint."""
+        specs = tensor_specs([self._file(i) for i in range(self.num_parts)])
+        total = sum(spec.nbytes for spec in specs.values())
+        weight_map = {name: spec.file.name for name, spec in specs.items()}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        copy_companions(companions, self.folder)
+        _write_whole(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
+        _write_whole(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
+        os.replace(self.folder, self.final)
+
+    def _file(self, index: int) -> Path:
+        name = f"model-{index + 1:05d}-of-{self.num_parts:05d}.safetensors"
+        return self.folder / name
+
+
+@contextlib.contextmanager
+def open_work(
+    output: Path, num_parts: int, settings: dict[str, Any], *, restart: bool = False
+) -> Iterator[Work]:
+    """The work towards the directory `output`, taken up where a run with the same settings stopped.
+
+    settings: JSON values. restart: forget what there is.
+    Raises CheckpointError where `output` exists, where an unfinished one has other settings, and
+    where another process is at it.
+    """
+    check_free(output)
+    folder = partial_of(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(lock, folder)
+        parts = [] if restart else _finished(folder, settings)
+        if not parts:
+            _empty(folder)
+        yield Work(output.absolute(), folder, num_parts, settings, parts)
+    finally:
+        os.close(lock)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CheckpointError(
+            f"another run is writing {folder}: wait for it, or choose another output"
+        ) from None
+
+
+def _finished(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The entries of an unfinished output. Raises CheckpointError unless it has these settings."""
+    cure = "give the same flags to go on with it, or --restart to begin anew"
+    if not (folder / REPORT).is_file():
+        return []
+    try:
+        content = read_json(folder / REPORT)
+        found, parts = dict(content["settings"]), list(content["parts"])
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(
+            f"{folder / REPORT} is damaged: give --restart to begin anew"
+        ) from None
+    wanted = json.loads(json.dumps(settings))
+    differing = [
+        f"{key} is {brief(wanted.get(key))}, was {brief(found.get(key))}"
+        for key in sorted({*wanted, *found})
+        if wanted.get(key) != found.get(key)
+    ]
+    if differing:
+        raise CheckpointError(f"{folder} was begun otherwise ({listing(differing)}): {cure}")
+    return parts
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    temporary = file.with_name(f"{file.name}.tmp")
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    save_file(contiguous, temporary, metadata={"format": "pt"})
+    temporary.chmod(0o644)  # safetensors leaves it to its owner alone
+    _put_in_place(temporary, file)
+
+
+def _write_whole(file: Path, text: str) -> None:
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    _put_in_place(temporary, file)
+
+
+def _put_in_place(temporary: Path, file: Path) -> None:
+    """Rename, once the content is on the disk: after a power cut, too, the file is whole."""
+    with temporary.open("rb") as written:
+        os.fsync(written.fileno())
+    os.replace(temporary, file)

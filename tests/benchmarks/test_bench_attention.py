@@ -1,0 +1,158 @@
+"""The attention sweep with a clock that is told the time: rows, guards, resumption, tables."""
+
+import functools
+import json
+import statistics
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qserve_jax import bench as command
+from qserve_jax._cli import UsageError
+from qserve_jax.benchmarks import attention, attention_report
+from qserve_jax.benchmarks.attention_cases import (
+    BATCHES,
+    CONTEXTS,
+    HEADS,
+    Case,
+    decode_cases,
+    make_paged,
+)
+from qserve_jax.benchmarks.attention_error import dequantized, worst_error
+from qserve_jax.benchmarks.matmul import Bench
+from qserve_jax.pallas_kernels import paged_attention
+from qserve_jax.pallas_kernels.paged_attention.reference import read_pages
+
+SMALL = (4, 2, 64)
+START = {
+    "device": "a GPU",
+    "jax": "1",
+    "commit": "c" * 40,
+    "ceilings": {"hbm_copy_gbps": 4000.0, "hbm_read_gbps": 4400.0},
+    "baselines": [],
+    "rows": [],
+}
+ROW = ("backend", "kv_bits", "b", "ctx", "heads", "kv_heads", "head_dim", "us", "cudnn_bf16_us")
+
+
+class FakeClock:
+    """Makes two calls, so that donated operands must come back, and says that each took `us`."""
+
+    def __init__(self, us=10.0):
+        self.us, self.calls = us, 0
+
+    def __call__(self, call, wait=jax.block_until_ready):
+        wait([call(0), call(1)])
+        self.calls += 1
+        return [self.us] * 3
+
+
+CASES = (*decode_cases((SMALL,), (4,), (2,), (70,)), Case(*SMALL, 8, (3, 65, 64)))
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    make_paged.cache_clear()
+
+
+def run(clock, monkeypatch, start=None, baseline="xla", cases=CASES, others=True):
+    monkeypatch.setattr(attention, "BASELINE", baseline)
+    sizes: dict = dict.fromkeys(("append_batches", "prompts", "chunks"), ())
+    if others:
+        sizes = {"append_batches": (3,), "prompts": ((2, 5),), "chunks": ((6, 70),)}
+    sweep = attention.Sweep(cases, ("reference",), (4,), SMALL, **sizes)
+    saved, said = [], []
+    start = start or attention.attention_report(json.loads(json.dumps(START)))
+    bench = Bench(clock, start, lambda r: saved.append(json.dumps(r)), said.append)
+    attention.run_sweep(sweep, bench)
+    return bench, saved, said
+
+
+def test_rows_and_resumption(small_cache, monkeypatch):
+    bench, saved, _ = run(FakeClock(), monkeypatch)
+    report = bench.report
+    assert not bench.problems
+    shown = [(r["kv_bits"], r.get("ctx", r.get("lengths")), r["attends"]) for r in report["rows"]]
+    assert shown == [
+        *[(4, 70, "quantized"), (4, 70, "full")],
+        (8, [3, 65, 64], "quantized"),
+    ]
+    row = report["rows"][0]
+    assert set(ROW) <= set(row) and (row["us"], row["cudnn_bf16_us"]) == (10.0, 10.0)
+    assert row["gbps"] == pytest.approx(2 * 70 * 2 * (2 * 32 + 8) / 10 / 1e3)
+    for row in report["rows"]:
+        assert row["attends"] == "full" or 1e-4 < row["rel_err"] < 2.5e-3  # rounding to bf16
+    assert [len(report[name]) for name in attention.LISTS] == [1, 1, 1]
+    assert 1e-4 < report["chunked_prefill"][0]["rel_err"] < 2.5e-3
+    assert len(report["baselines"]) == 2 and len(saved) == 6
+    clock = FakeClock()
+    again, _, _ = run(clock, monkeypatch, json.loads(saved[-1]))
+    assert clock.calls == 0 and again.report == report
+    text = attention_report.table(report)
+    assert "| reference | 4 | quantized | 4 | 2 | 64 | 2 | 70 | 10.0 |" in text
+    assert "chunked prefill" in text and "| 3-65 |" in text
+    assert len(attention_report.comma_separated(report).splitlines()) == 4
+    assert list(attention_report.curves(report)) == ["reference 4/2/64 KV4"]
+
+
+def test_a_case_that_fails_ends_no_other(small_cache, monkeypatch):
+    """cuDNN is not here; a time is too short to be one; there is no memory."""
+    ragged = CASES[1:]
+    bench, _, _ = run(FakeClock(), monkeypatch, None, "cudnn", ragged, False)
+    assert bench.report["rows"][0]["cudnn_bf16_us"] is None
+    assert len(bench.problems) == 1 and "cuDNN is not detected" in bench.problems[0]
+    bench, _, _ = run(FakeClock(1e-6), monkeypatch, None, "cudnn", ragged, False)
+    assert not bench.report["rows"] and "above the 4400 GB/s of memory" in bench.problems[-1]
+
+    def fail(*_, **__) -> Any:
+        raise MemoryError("no room")
+
+    vars(fail)["cache_clear"] = lambda: None
+    monkeypatch.setattr(attention, "make_paged", fail)
+    bench, _, _ = run(FakeClock(), monkeypatch)
+    assert len(bench.problems) == 3 + 3 and all("no room" in line for line in bench.problems)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_the_error_is_of_the_cache_that_is_read(bits):
+    """float64 against the reference's own dequantisation; a wrong page does not pass."""
+    case = Case(*SMALL, bits, (130, 1, 64))
+    paged = make_paged(case, layers=2)
+    k, _ = jax.jit(read_pages)(paged.cache, paged.table[:1], layer=1)
+    own, _ = dequantized(case, np.asarray(paged.cache.pages[1, paged.table[0, :3]])[:, 1])
+    np.testing.assert_allclose(own, k[0, :, 1], rtol=0, atol=2e-6)
+    q = jax.random.normal(jax.random.key(0), (3, 4, 64))
+    options = {"attends": "quantized", "backend": "reference"}
+    attend = jax.jit(functools.partial(paged_attention, layer=1, **options))
+    out = attend(q, paged.cache, paged.table, paged.lens)
+    assert worst_error(case, paged, 1, q, out) < 1e-5
+    assert worst_error(case, paged, 0, q, out) > 0.1
+    assert np.isnan(worst_error(case, paged, 1, q, out.at[0, 0, 0].set(jnp.nan)))
+
+
+def test_the_sweep_is_the_issue_s():
+    cases = decode_cases(HEADS, (4, 8, 16), BATCHES, CONTEXTS)
+    assert len(cases) == 6 * 3 * (5 * 3 + 3 + 1)
+    assert all(c.batch <= 64 for c in cases if max(c.lengths) == 16384)
+    ragged = [c for c in cases if len(set(c.lengths)) > 1]
+    assert all(c.batch == 64 and 256 <= min(c.lengths) and max(c.lengths) <= 4096 for c in ragged)
+    assert statistics.mean(ragged[0].lengths) == pytest.approx(2176, rel=0.15)
+    assert (command.BATCHES, command.CONTEXTS) == (BATCHES, CONTEXTS)
+
+
+def test_flags(capsys, tmp_path):
+    with pytest.raises(UsageError, match="--heads '32/7/128': KV heads must divide"):
+        command.bench(["kernels", "--op", "attention", "--heads", "32/7/128"])
+    with pytest.raises(UsageError, match="give query heads/KV heads/head_dim, as 32/8/128"):
+        command.bench(["kernels", "--op", "attention", "--heads", "32x8"])
+    path = tmp_path / "saved.json"
+    path.write_text(json.dumps(START))
+    shown = ["kernels", "--op", "attention", "--no-run", "--save", str(path)]
+    with pytest.raises(UsageError, match="holds results of another --op"):
+        command.bench(shown)
+    path.write_text(json.dumps(attention.attention_report(START)))
+    command.bench(shown)
+    assert "a GPU, jax 1, commit cccccccccccc" in capsys.readouterr().out

@@ -1,0 +1,195 @@
+"""Serving benchmarks on the CPU, with a tiny random model and with the demo."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qserve_jax import LLM, QuantConfig, SamplingParams, bench
+from qserve_jax.benchmarks import model_shapes, plot, serving, serving_command, serving_report
+from qserve_jax.benchmarks.dummy import dummy_model
+from qserve_jax.models import ModelConfig, param_shapes
+from qserve_jax.quantization.packing import dequantize_weight
+from qserve_jax.quantization.qtensor import is_quantized, nbytes
+
+TINY = ModelConfig("llama", 256, 128, 256, 2, 2, 1, 64, 512)
+
+
+@pytest.fixture(autouse=True)
+def tiny_shape(monkeypatch):
+    monkeypatch.setitem(model_shapes.MODEL_CONFIGS, "llama3-8b", TINY)
+    monkeypatch.setattr(bench._cli, "enable_compilation_cache", lambda: None)
+
+
+def run(*flags, what="throughput"):
+    small = "--dummy-weights --model-shape llama3-8b --input-len 24 --output-len 6 --batch 4"
+    return bench.main([what, *small.split(), "--page-size", "16", "--quiet", *flags])
+
+
+def test_models_are_those_of_the_flags():
+    assert tuple(model_shapes.MODEL_CONFIGS) == serving_command.MODELS
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("llama2-7b", 6.74),
+        ("llama2-13b", 13.02),
+        ("llama3-70b", 70.55),
+        ("mistral-7b", 7.24),
+        ("yi-34b", 34.39),
+        ("qwen2.5-7b", 7.62),
+        ("qwen2.5-72b", 72.71),
+        ("qwen1.5-72b", 72.29),
+    ],
+)
+def test_sizes_are_the_published_ones(name, billions):
+    """Parameters as the model cards give them; llama3-8b is 8.03, which the fixture replaces."""
+    shapes = param_shapes(model_shapes.MODEL_CONFIGS[name])
+    leaves = jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    assert sum(map(np.prod, leaves)) / 1e9 == pytest.approx(billions, abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("precision", "group_size"), [("w4a8kv4", 128), ("w4a8kv4", -1), ("w8a8kv8", -1)]
+)
+def test_dummy_weights_are_as_large_as_trained_ones(precision, group_size):
+    model = dummy_model(TINY, QuantConfig.preset(precision, group_size=group_size))
+    kernels = [x for x in jax.tree.leaves(model.params, is_leaf=is_quantized) if is_quantized(x)]
+    assert len(kernels) == 7
+    for kernel in kernels:
+        w = dequantize_weight(kernel)
+        k = w.shape[-1]
+        assert float(jnp.std(w)) * k**0.5 == pytest.approx(1, rel=0.1)
+        assert abs(float(jnp.mean(w))) * k**0.5 < 0.12  # codes have 8 values below 0, 7 above
+    logits = np.asarray(model.model.apply({"params": model.params}, jnp.arange(9)[None]))
+    assert np.isfinite(logits).all() and len(np.unique(np.argmax(logits, axis=-1))) > 3
+
+
+def test_throughput_of_two_precisions_and_a_second_run_that_measures_nothing(tmp_path, capsys):
+    path = tmp_path / "r.json"
+    flags = ["--precisions", "w4a8kv4", "w16a16kv16", "--save", str(path), "--output", "json"]
+    assert run(*flags) == 0
+    report = json.loads(path.read_text())
+    assert report == json.loads(capsys.readouterr().out)
+    assert {"device", "jax", "commit", "rows"} <= report.keys()
+    small, large = report["rows"]
+    for row in (small, large):
+        case = ("llama3-8b", 4, 24, 6, 1)
+        assert tuple(row[n] for n in ("model", "batch", "input", "output", "gpus")) == case
+        assert row["tokens_per_s"] == pytest.approx(24 / row["seconds"])
+        assert 0 < row["ttft_ms"] < 1e3 * row["seconds"]
+        assert 0 < row["tpot_ms"] * 5 + row["ttft_ms"] <= 1e3 * row["seconds"] + 1
+        assert row["prefill_s"] + row["decode_s"] <= row["seconds"] * 1.01
+        assert row["decode_steps"] == 5
+    assert (small["precision"], small["group_size"]) == ("w4a8kv4", 128)
+    assert (large["precision"], large["group_size"]) == ("w16a16kv16", None)
+    assert (small["kv_bytes_per_token"], large["kv_bytes_per_token"]) == (2 * 72, 2 * 256)
+    assert small["weights_gib"] < large["weights_gib"]
+    before = path.read_text()
+    assert run(*flags) == 0 and path.read_text() == before
+
+
+def test_decode_and_its_table(capsys):
+    assert run("--batch", "1", "4", what="decode") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| bench | model | precision |") and len(lines) == 4
+    assert lines[2].startswith("| decode | llama3-8b | w4a8kv4 | 128 | 1 | 24 | 6 | - | ")
+
+
+def test_decode_steps_start_from_a_full_cache():
+    """The measured loop makes all its tokens, over as many cached ones as was asked."""
+    loaded = dummy_model(TINY, QuantConfig())
+    row = serving.decode(loaded, serving.Workload(2, 40, 5, {"page_size": 16}), repeats=1)
+    assert row["tokens_per_s"] == pytest.approx(10 / row["seconds"])
+    assert row["cache_gib"] * 2**30 == 2 * 3 * 16 * row["kv_bytes_per_token"]
+    assert row["weights_gib"] * 2**30 == pytest.approx(nbytes(loaded.params))
+
+
+def test_latency(capsys):
+    flags = ["--rate", "200", "--num-requests", "12", "--output", "json"]
+    assert run(*flags, what="latency") == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["rate"], row["num_requests"]) == (200.0, 12)
+    assert row["tokens_per_s"] == pytest.approx(72 / row["seconds"])
+    for name in ("ttft", "tpot"):
+        low, middle, high = (row[f"{name}_p{q}_ms"] for q in (50, 90, 99))
+        assert 0 < low <= middle <= high < 1e3 * row["seconds"]
+
+
+def test_what_does_not_fit_is_a_row(monkeypatch, capsys):
+    def out_of_memory(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB\nmore")
+
+    monkeypatch.setattr(serving, "decode", out_of_memory)
+    assert run("--output", "csv", what="decode") == 0
+    header, row = capsys.readouterr().out.splitlines()
+    cells = dict(zip(header.split(","), row.split(","), strict=True))
+    assert cells["tokens_per_s"] == ""
+    assert cells["problem"] == "does not fit: RESOURCE_EXHAUSTED: 9 GiB"
+
+
+def test_places_are_given_away_at_once_and_a_call_is_always_on_its_way(monkeypatch):
+    """40 requests of random lengths in 8 places: few decode steps with an idle place; and the host
+    looks at a decode call only after it has launched the next one, while there is one."""
+    llm = LLM(dummy_model(TINY, QuantConfig()), max_num_seqs=8, num_pages=64, page_size=16)
+    lengths = np.random.default_rng(0).integers(1, 40, 40).tolist()
+    process, alone = llm.engine._process, []
+
+    def watched(call):
+        more = any(s.steps_left > 0 for s in llm.engine.scheduler.running)
+        alone.append(more and not llm.engine._calls)
+        process(call)
+
+    monkeypatch.setattr(llm.engine, "_process", watched)
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in lengths]
+    outputs = llm.generate([[i] * 5 for i in range(40)], params)
+    assert [len(o.token_ids) for o in outputs] == lengths
+    assert llm.stats.decode_steps <= 1.25 * sum(lengths) / 8 + 20
+    assert not any(alone) and len(alone) > 40
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--dummy-weights"], "--dummy-weights and --model-shape go together"),
+        (["--model-shape", "llama3-8b"], "--dummy-weights and --model-shape go together"),
+        (["--batch", "0"], "'0' is not an integer of at least 1: give one"),
+        (["--precision", "w4a8kv4", "--precisions", "w4a8kv8"], "contradict each other"),
+        (["--save", "/none/r.json"], "--save /none/r.json: there is no folder /none, make it"),
+        (["--save", __file__], "holds no results of this command: name another file"),
+        (["--rate", "1"], "unrecognized arguments: --rate 1"),
+    ],
+)
+def test_wrong_flags(capsys, flags, line):
+    assert bench.main(["throughput", *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and line in err
+
+
+def test_results_of_another_machine_do_not_mix(tmp_path, capsys):
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(serving_report.empty_report() | {"device": "another"}))
+    assert run("--save", str(path)) == 2
+    assert "is of device 'another', this is 'cpu': name another file" in capsys.readouterr().err
+
+
+def test_curves(tmp_path):
+    base = {"model": "m", "precision": "p", "tokens_per_s": 5.0}
+    rows = [
+        {**base, "bench": "throughput", "batch": 64},
+        {**base, "bench": "throughput", "batch": 1, "tokens_per_s": 2.0},
+        {**base, "bench": "throughput", "batch": 512, "tokens_per_s": None},
+        {**base, "bench": "latency", "rate": 2.0, "ttft_p50_ms": 7.0},
+    ]
+    assert serving_report.curves(rows) == {
+        "throughput": {"m p": [(1, 2.0), (64, 5.0)]},
+        "latency": {"m p": [(2.0, 7.0)]},
+    }
+    if plot.can_plot():
+        serving_report.plot({"device": "x", "rows": rows}, tmp_path / "p.png")
+        assert (tmp_path / "p.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="there is no row to plot"):
+        serving_report.plot({"device": "x", "rows": rows[2:3]}, tmp_path / "q.png")

@@ -1,0 +1,358 @@
+"""Attention of many new tokens: the kernel's own code on numpy twins, lowered, and on a GPU."""
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qserve_jax.pallas_kernels import backend, paged_attention
+from qserve_jax.pallas_kernels.paged_attention import cudnn_prefill, mosaic_prefill, prefill_tile
+from qserve_jax.pallas_kernels.paged_attention.prefill_problem import WARPS, problem
+from qserve_jax.quantization.qtensor import KVCache, kv_bytes_per_token
+from tests.pallas_kernels import lanes
+from tests.pallas_kernels.w4a8_cases import mosaic_module
+
+HOPPER = "cp.async.bulk|mbarrier|wgmma|cluster|griddepcontrol|setmaxnreg|fence|elect\\.|nvvm|nvgpu"
+SHAPES = [(32, 8, 128), (32, 8, 64), (14, 2, 64), (28, 4, 128), (32, 32, 128), (64, 8, 128)]
+
+
+@dataclasses.dataclass
+class Case:
+    """Arrays of a call; the pages of one layer of two."""
+
+    q: Any
+    pages: Any
+    bits: int
+    table: Any
+    context_lens: Any
+    query_lens: Any
+    new_k: Any
+    new_v: Any
+
+    @property
+    def cache(self):
+        return KVCache(self.pages, self.bits, self.q.shape[-1])
+
+    def call(self, run=paged_attention, q_dtype=None, **options):
+        """On JAX's arrays; q, new_k and new_v in q_dtype where it is given."""
+        floats = [jnp.asarray(x, q_dtype) for x in (self.q, self.new_k, self.new_v)]
+        lens = map(jnp.asarray, (self.table, self.context_lens, self.query_lens))
+        table, context_lens, query_lens = lens
+        cache = KVCache(jnp.asarray(self.pages), self.bits, self.q.shape[-1])
+        return run(
+            floats[0],
+            cache,
+            table,
+            context_lens,
+            new_k=floats[1],
+            new_v=floats[2],
+            query_lens=query_lens,
+            layer=jnp.int32(1),
+            **options,
+        )
+
+
+def make_pages(rng, bits, num_pages, kv_heads, head_dim, dtype="bfloat16"):
+    """K and V drawn differently, scales that differ by token and head."""
+    if bits == 16:
+        shape = (2, num_pages, kv_heads, 2, 64, head_dim)
+        side = np.array([1, 0.3]).reshape(2, 1, 1)
+        return (rng.standard_normal(shape) * side + 0.1).astype(jnp.dtype(dtype))
+    words = 64 * 2 * head_dim * bits // 32
+    lead = (2, num_pages, kv_heads)
+    codes = rng.integers(-(2**31), 2**31, (*lead, words), dtype=np.int32)
+    scales = rng.uniform(0.05, 0.3, (*lead, 64, 4)) / (2 ** (bits - 4))
+    scales[..., 1::2] = rng.uniform(-1, 1, (*lead, 64, 2))
+    scales = np.ascontiguousarray(scales.astype(np.float16)).view(np.int32)
+    return np.concatenate([codes, scales.reshape(*lead, 128)], -1)
+
+
+def poison(pages, bits, head_dim, page, tokens):
+    """NaN where nobody may look: of a page the tokens of a slice, in all layers and heads."""
+    if bits == 16:
+        pages[:, page, :, :, tokens] = np.nan
+    else:
+        scales = pages[..., 64 * 2 * head_dim * bits // 32 :].view(np.float16)
+        scales.reshape(*pages.shape[:3], 64, 4)[:, page, :, tokens] = np.nan
+
+
+def make_case(rng, context, new, heads, kv_heads, head_dim, bits, dtype="float16", attends="full"):
+    """Shuffled pages; what is behind each length, and the page that nobody has, is NaN."""
+    context, new = np.array(context, np.int32), np.array(new, np.int32)
+    b, t = len(context), max(2, int(new.max()))
+    stored = context - new if attends == "full" else context
+    needed = -(-stored // 64)
+    num_pages, width = int(needed.sum()) + 2, int(needed.max(initial=0)) + 1
+    pages = make_pages(rng, bits, num_pages, kv_heads, head_dim, dtype)
+    table = np.full((b, width), -1, np.int32)
+    order = iter(rng.permutation(num_pages))
+    for row in range(b):
+        table[row, : needed[row]] = [next(order) for _ in range(needed[row])]
+        if stored[row] % 64:
+            poison(pages, bits, head_dim, table[row, needed[row] - 1], slice(stored[row] % 64, 64))
+    for page in order:
+        poison(pages, bits, head_dim, page, slice(0, 64))
+    shape = (b, t, kv_heads, head_dim)
+    draw = [rng.standard_normal((b, t, heads, head_dim)), rng.standard_normal(shape)]
+    q, k, v = (x.astype(jnp.dtype(dtype)) for x in (*draw, rng.standard_normal(shape) * 0.3 + 0.1))
+    for row in range(b):
+        k[row, new[row] :] = v[row, new[row] :] = np.nan
+    return Case(q, pages, bits, table, context, new, k, v)
+
+
+def emulate(case, attends="full", window=None):
+    """The kernel's code on twins, block by block."""
+    options = {"sm_scale": None, "window": window, "softcap": None}
+    cache: Any = case.cache
+    p = problem(
+        *("twins", case.q, cache, case.table),
+        **{"new_k": case.new_k, "attends": attends, "layer": 1, **options},
+    )
+    lens = np.stack([case.context_lens, case.query_lens], 1)
+    arrays = [case.q, lens, case.table, case.pages]
+    arrays += [case.new_k, case.new_v] if p.full else []
+    arrays[2] = arrays[2] if p.width else np.full((p.rows, 1), -1, np.int32)
+    memories = [lanes.Memory(x) for x in (*arrays, np.array([1], np.int32))]
+    out = lanes.Memory(np.zeros_like(case.q), filled=False)
+    for block in range(p.rows * p.kv_heads * p.tiles):
+        machine = lanes.Machine([block], 32 * WARPS, p.shared_bytes)
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (mosaic_prefill, prefill_tile):
+                patch.setattr(module, "ptx", machine.namespace())
+            patch.setattr(mosaic_prefill, "F32", lanes.F32)
+            mosaic_prefill._body(p, *memories, out, machine.shared)
+    assert out.filled.all()
+    return out.array()
+
+
+def worst_error(found, expected, query_lens):
+    """Relative Frobenius, of the worst sequence's real tokens."""
+    found, expected = (np.asarray(a, np.float64) for a in (found, expected))
+    norms = [
+        (np.linalg.norm(found[row, :n] - expected[row, :n]), np.linalg.norm(expected[row, :n]))
+        for row, n in enumerate(query_lens)
+    ]
+    return np.max([error / norm for error, norm in norms if norm > 0])  # NaN where there is one
+
+
+def expected_of(case, **options):
+    return case.call(q_dtype=jnp.float32, backend="reference", **options)
+
+
+CASES = [  # context, new, heads, kv_heads, head_dim, bits
+    ([200, 0, 64], [66, 0, 64], 2, 1, 64, 4),
+    ([130, 65], [2, 1], 7, 1, 64, 8),
+    ([100], [40], 2, 1, 128, 16),
+    ([150], [20], 6, 2, 128, 4),
+]
+
+
+@pytest.mark.parametrize("attends", ["full", "quantized"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_kernel_s_own_code(case, attends, rng):
+    made = make_case(rng, *case, attends=attends)
+    found, expected = emulate(made, attends), expected_of(made, attends=attends)
+    assert np.isfinite(found).all()
+    assert worst_error(found, expected, made.query_lens) < 8e-4
+    assert not found[made.context_lens == 0].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attends", ["full", "quantized"])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("heads, kv_heads, head_dim", SHAPES)
+def test_every_shape(heads, kv_heads, head_dim, bits, attends, rng):
+    """With two KV heads; more of them are the same code."""
+    case = [200, 0, 63], [70, 0, 63], 2 * heads // kv_heads, 2, head_dim, bits, "bfloat16"
+    made = make_case(rng, *case, attends=attends)
+    for window in (None, 65):
+        found = emulate(made, attends, window)
+        expected = expected_of(made, attends=attends, window=window)
+        assert worst_error(found, expected, made.query_lens) < 2.5e-3
+
+
+@pytest.mark.parametrize("attends, window", [("full", 1), ("full", 50), ("quantized", 100)])
+def test_window(attends, window, rng):
+    made = make_case(rng, [230], [90], 2, 1, 64, 4, attends=attends)
+    found = emulate(made, attends, window)
+    expected = expected_of(made, attends=attends, window=window)
+    assert worst_error(found, expected, made.query_lens) < 8e-4
+
+
+def test_rising_scores_and_bfloat16(rng):
+    """Each key's score is far above the ones before: the running maximum always moves."""
+    made = make_case(rng, [200], [60], 2, 1, 64, 4, "bfloat16")
+    made.q = (made.q.astype(np.float32) * 12).astype(made.q.dtype)
+    found, expected = emulate(made), expected_of(made)
+    assert worst_error(found, expected, made.query_lens) < 2.5e-3
+
+
+@pytest.mark.parametrize("attends", ["full", "quantized"])
+def test_pages_outside_the_cache_are_masked(attends, rng):
+    made = make_case(rng, [250], [60], 2, 1, 64, 4, attends=attends)
+    made.table[0, 0], made.table[0, 2] = 10**6, -1
+    found, expected = emulate(made, attends), expected_of(made, attends=attends)
+    assert worst_error(found, expected, made.query_lens) < 8e-4
+
+
+def test_the_emulation_notices(rng, monkeypatch):
+    made = make_case(rng, [200], [70], 1, 1, 64, 4)
+    expected = expected_of(made)
+    with monkeypatch.context() as patch:
+        patch.setattr(lanes.Machine, "sync_block", lambda self, threads: None)
+        with pytest.raises(AssertionError, match="without meeting"):
+            emulate(made)
+    with monkeypatch.context() as patch:  # one key too many
+        patch.setattr(mosaic_prefill, "_valid", lambda *a, f=mosaic_prefill._valid: f(*a) + 1)
+        assert not worst_error(emulate(made), expected, made.query_lens) < 1e-2
+
+
+# Lowered on any host
+
+
+def shape(dims, dtype="bfloat16") -> Any:
+    return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype))
+
+
+def lower(b, t, heads, kv_heads, head_dim, bits, width, attends="full", name="mosaic_sm90", **more):
+    words = (16 * kv_bytes_per_token(head_dim, bits),)
+    pages = (2, 64, head_dim) if bits == 16 else words
+    dtype = "bfloat16" if bits == 16 else "int32"
+    cache: Any = KVCache(shape((32, 40, kv_heads, *pages), dtype), bits, head_dim)
+    new = shape((b, t, kv_heads, head_dim))
+
+    def run(q, cache, table, lens, k, v, layer):
+        options = {"attends": attends, "layer": layer, "backend": name, **more}
+        return paged_attention(q, cache, table, lens, new_k=k, new_v=v, **options)
+
+    lens, table = shape((b,), "int32"), shape((b, width), "int32")
+    arguments = (shape((b, t, heads, head_dim)), cache, table, lens, new, new, shape((), "int32"))
+    return jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize("heads, kv_heads, head_dim", SHAPES)
+def test_lowers_for_cuda(heads, kv_heads, head_dim):
+    for bits, attends, name in [(4, "full", "mosaic_sm90"), (8, "quantized", "mosaic_mma")]:
+        text = lower(2, 1024, heads, kv_heads, head_dim, bits, 128, attends, name).as_text()
+        assert text.count("custom_call @mosaic_gpu") == 1
+
+
+def test_mosaic_mma_has_no_instruction_of_hopper():
+    arch, text = mosaic_module(lower(2, 1024, 32, 8, 128, 4, 128, name="mosaic_mma").as_text())
+    assert arch == (8, 0) and "mma.sync.aligned.m16n8k16" in text
+    assert not re.search(HOPPER, text)
+
+
+@pytest.mark.parametrize("window", [None, 4096])
+def test_fresh_prompts_are_cudnn_s(window, monkeypatch):
+    """8 x 1024 tokens of Llama-3-8B: one call with lengths, and no scores in memory."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
+    text = lower(8, 1024, 32, 8, 128, 4, 0, window=window).as_text()
+    (call,) = [line for line in text.splitlines() if "__cudnn$fmhaSoftmax" in line]
+    assert "PADDING_CAUSAL" in call and call.count("tensor<8xi32>") == 2
+    assert re.search(r"sliding_window_length\D+22: (\d+)", call)[1] == str(window or 0)  # pyright: ignore
+    assert "mosaic_gpu" not in text and "1024x1024" not in text
+
+
+def test_refusals(rng):
+    made = make_case(rng, [70], [3], 2, 1, 64, 4)
+    call = functools.partial(made.call, backend="mosaic_sm90")
+    with pytest.raises(NotImplementedError, match="^mosaic_sm90: q of float32, but prefill takes"):
+        call(q_dtype=jnp.float32)
+    with pytest.raises(NotImplementedError, match="a softcap of 30.0, but prefill takes none"):
+        call(softcap=30.0)
+    with pytest.raises(NotImplementedError, match="^fresh prompts are cuDNN's, but cuDNN is not"):
+        options = {"window": None, "sm_scale": None}
+        cudnn_prefill.attention(made.q, made.new_k, made.new_v, made.query_lens, options)
+
+
+def test_fresh_prompts_without_cudnn_are_the_kernel_s(rng):
+    text = lower(2, 96, 4, 2, 64, 4, 0).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1 and "fmha" not in text
+    made = make_case(rng, [96, 5], [96, 5], 2, 1, 64, 4)
+    made.table = made.table[:, :0]
+    assert worst_error(emulate(made), expected_of(made), made.query_lens) < 8e-4
+
+
+def test_default_dispatch_waits_for_a_gpu_run(monkeypatch):
+    """While the pair is UNPROVEN."""
+    monkeypatch.delenv(backend.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(backend, "unavailable", lambda name: None)
+    unproven = {name for op, name in backend.UNPROVEN if op == "prefill_attention"}
+    assert set(backend.usable(None, "prefill_attention")) == set(backend.BACKENDS) - unproven
+
+
+# On a GPU
+
+
+@pytest.fixture
+def gpu():
+    if reason := backend.unavailable("mosaic_mma"):
+        pytest.skip(reason)
+
+
+@functools.partial(jax.jit, static_argnames=("attends", "window", "backend"))
+def run(q, cache, table, context_lens, **options):
+    return paged_attention(q, cache, table, context_lens, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attends", ["full", "quantized"])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("heads, kv_heads, head_dim", SHAPES)
+def test_on_a_gpu(gpu, heads, kv_heads, head_dim, bits, attends, rng):
+    context = [1, 3, 63, 64, 65, 1023, 0, 700]
+    new = [1, 2, 63, 64, 1, 200, 0, 130]
+    made = make_case(rng, context, new, heads, kv_heads, head_dim, bits, "bfloat16", attends)
+    expected = made.call(run, q_dtype=jnp.float32, attends=attends, backend="reference")
+    for window in (None, 100):
+        if window:
+            options = {"attends": attends, "window": window}
+            expected = made.call(run, q_dtype=jnp.float32, backend="reference", **options)
+        found = made.call(run, attends=attends, window=window, backend="mosaic_sm90")
+        assert bool(jnp.isfinite(found).all())
+        assert worst_error(found, expected, made.query_lens) < 2.5e-3
+
+
+@pytest.mark.gpu
+def test_repeated_launches_on_a_gpu(gpu, rng):
+    made = make_case(rng, [900, 300], [500, 300], 32, 8, 128, 4, "bfloat16")
+    first = np.asarray(made.call(run, backend="mosaic_sm90"))
+    for _ in range(100):
+        np.testing.assert_array_equal(made.call(run, backend="mosaic_sm90"), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 100])
+def test_fresh_prompts_on_a_gpu(gpu, window, rng):
+    lens = [1024, 1, 0, 63, 64, 65, 500, 1023]
+    made = make_case(rng, lens, lens, 32, 8, 128, 4, "bfloat16")
+    made.table = made.table[:, :0]
+    made.new_k, made.new_v = (np.nan_to_num(x) for x in (made.new_k, made.new_v))
+    options = {"window": window}
+    found = made.call(run, backend="mosaic_sm90", **options)
+    expected = made.call(run, q_dtype=jnp.float32, backend="reference", **options)
+    plain = plain_error(made, expected, window)
+    assert worst_error(found, expected, made.query_lens) < max(2.5e-3, 2 * plain)
+    assert not np.asarray(found)[2].any()
+
+
+def plain_error(made, expected, window):
+    """Of the same maths in plain bf16."""
+    k = made.new_k.astype(np.float32)
+    group = made.q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(jnp.asarray(x, jnp.bfloat16), group, 2) for x in (k, made.new_v))
+    t = made.q.shape[1]
+    distance = jnp.arange(t)[:, None] - jnp.arange(t)
+    seen = (distance >= 0) & (distance < (window or t))
+    scores = jnp.einsum("BTNH,BSNH->BNTS", jnp.asarray(made.q), k) * made.q.shape[3] ** -0.5
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), -1).astype(jnp.bfloat16)
+    return worst_error(jnp.einsum("BNTS,BSNH->BTNH", weights, v), expected, made.query_lens)

@@ -1,6 +1,6 @@
 """Small launches of every kernel design under compute-sanitizer: memcheck and racecheck.
 
-python scripts/sanitize_kernels.py [--seconds 55]
+python scripts/sanitize_kernels.py [--seconds 55] [--cases prefill]
 
 Both tools run beside each other, each over a process of its own that launches every case once and
 compares the output with the reference's, computed on the CPU. Prints what the tools sum up. Exit
@@ -187,12 +187,13 @@ def prefill_cases(rng: np.random.Generator) -> dict[str, tuple[Callable, tuple, 
     return cases
 
 
-def launch_all() -> int:
-    """Every case once, on the GPU -> the number of wrong outputs."""
+def launch_all(part: str) -> int:
+    """Every case once whose name has this part, on the GPU -> the number of wrong outputs."""
     rng, gpu = np.random.default_rng(0), jax.devices("gpu")[0]
     with jax.default_device(jax.devices("cpu")[0]):
         cases = matmul_cases(rng) | elementwise_cases(rng) | attention_cases(rng)
         cases |= prefill_cases(rng)
+    cases = {name: case for name, case in cases.items() if part in name}
     arguments = {name: jax.device_put(args, gpu) for name, (_, args, _) in cases.items()}
     programs = compile_all({name: (run, arguments[name]) for name, (run, _, _) in cases.items()})
     failed = 0
@@ -257,9 +258,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=55, help="for both tools together")
     parser.add_argument("--launch", action="store_true", help="the launches alone, without a tool")
+    parser.add_argument("--cases", default="", help="only those whose name has this part")
     args = parser.parse_args()
     if args.launch:
-        return min(launch_all(), 1)
+        return min(launch_all(args.cases), 1)
     found = sanitizer()
     if found is None:
         print("no compute-sanitizer on PATH or in /usr/local/cuda/bin: install the CUDA toolkit")
@@ -267,7 +269,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         logs = {tool: Path(folder) / f"{tool}.txt" for tool in TOOLS}
         options = ["--error-exitcode", "3", "--print-limit", "5"]
-        target = [sys.executable, str(Path(__file__).resolve()), "--launch"]
+        target = [sys.executable, str(Path(__file__).resolve()), "--launch", "--cases", args.cases]
         running = {
             tool: start([found, "--tool", tool, *options, *target], log)
             for tool, log in logs.items()

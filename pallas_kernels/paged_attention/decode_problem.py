@@ -120,10 +120,10 @@ def gather(
         "pages": cache.pages,
         "table": block_table.astype(jnp.int32),
         "context_lens": context_lens.astype(jnp.int32),
-        "query_lens": query_lens.astype(jnp.int32),
     }
     if new is not None and new_k is not None and new_v is not None:
         operands |= {"new_k": new_k, "new_v": new_v.astype(new_k.dtype)}
+        operands["query_lens"] = query_lens.astype(jnp.int32)
     if order is not None:
         operands["order"] = order.astype(jnp.int32)
     if layer is not None:

@@ -67,9 +67,11 @@ class Thread:
         table = self.gmem["table"].advance(self.row, 4 * p.width)
         self.table = table
         length = ptx.load_global(self.gmem["context_lens"].advance(self.row, 4))[0]
-        new = ptx.load_global(self.gmem["query_lens"].advance(self.row, 4))[0] > 0
-        self.has_new = new & (length > 0)
-        self.last = length - ptx.select(self.has_new, 1, 0) if p.new else length
+        self.last = length
+        if p.new:
+            new = ptx.load_global(self.gmem["query_lens"].advance(self.row, 4))[0] > 0
+            self.has_new = new & (length > 0)
+            self.last = length - ptx.select(self.has_new, 1, 0)
         first = ptx.constant(0) if p.window is None else ptx.maximum(length - p.window, 0)
         self.first = first
         self.first_page = first // PAGE

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     if args.plot and not plot.can_plot():
         raise UsageError("--plot needs matplotlib: pip install 'qserve_jax[plot]'")
     try:
-        report = serving_report.read_report(args.save or Path("/nowhere"))
+        report = serving_report.read_report(args.save)
     except ValueError as error:
         raise UsageError(f"--save {error}") from None
     _cli.enable_compilation_cache()
@@ -116,13 +116,16 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError("--dummy-weights and --model-shape go together: give both or neither")
     if args.precision and args.precisions:
         raise UsageError("--precision and --precisions contradict each other: give one")
-    if args.save is not None and not args.save.parent.is_dir():
-        raise UsageError(f"--save {args.save}: there is no folder {args.save.parent}, make it")
+    for flag, file in (("--save", args.save), ("--plot", args.plot)):
+        if file is not None and file.is_dir():
+            raise UsageError(f"{flag} {file} is a folder: name a file in it")
+        if file is not None and not file.parent.is_dir():
+            raise UsageError(f"{flag} {file}: there is no folder {file.parent}, make it")
 
 
 def measure(args: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
     """A row for every case that is not among the known ones."""
-    from qserve_jax.benchmarks.serving_report import same_case
+    from qserve_jax.benchmarks.serving_report import SETTINGS, same_case
 
     for precision in args.precisions or [args.precision]:
         loaded = None
@@ -130,6 +133,7 @@ def measure(args: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
             if loaded is None:
                 loaded = load(args, precision)
             config = loaded.quant_config
+            check_context(args, loaded.config.context_length)
             label = {
                 "bench": args.what,
                 "model": args.model_shape or Path(args.model).name,
@@ -138,10 +142,20 @@ def measure(args: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
                 "attends": args.attends,
                 "lm_head_bits": args.lm_head_bits,
                 **case,
+                **{name: getattr(args, name, None) for name in SETTINGS},
             }
             if not any(same_case(label, row) for row in known):
                 yield {**label, **measure_case(args, loaded, case)}
         del loaded
+
+
+def check_context(args: argparse.Namespace, context: int) -> None:
+    """Raises ValueError where the model has no room for such requests."""
+    if args.input_len + args.output_len > context:
+        raise ValueError(
+            f"--input-len {args.input_len} and --output-len {args.output_len} are more than the "
+            f"model's context of {context}: lower one"
+        )
 
 
 def cases(args: argparse.Namespace) -> Iterator[Row]:
@@ -180,7 +194,10 @@ def measure_case(args: argparse.Namespace, loaded: LoadedModel, case: Row) -> Ro
 
     from qserve_jax.benchmarks import serving
 
-    names = ("page_size", "num_pages", "max_num_seqs", "max_num_batched_tokens", "attends")
+    names = (
+        *("page_size", "num_pages", "max_num_seqs", "max_model_len", "max_num_batched_tokens"),
+        "attends",
+    )
     given = {name: getattr(args, name) for name in names}
     given["enable_prefix_caching"] = args.prefix_caching
     given["backend"] = None if args.backend == "auto" else args.backend

@@ -18,9 +18,14 @@ from typing import Any
 from qserve_jax.benchmarks.provenance import provenance
 
 Row = dict[str, Any]
+SETTINGS = (
+    *("dtype", "backend", "page_size", "num_pages", "max_num_seqs", "max_model_len"),
+    *("max_num_batched_tokens", "prefix_caching", "num_requests", "seed"),
+)
+"""Flags that change what is measured, as they were given."""
 KEY = (
     *("bench", "model", "precision", "group_size", "batch", "input", "output", "gpus", "rate"),
-    *("attends", "lm_head_bits"),
+    *("attends", "lm_head_bits", *SETTINGS),
 )
 """What tells cases apart."""
 COLUMNS = (
@@ -36,10 +41,13 @@ def empty_report() -> dict[str, Any]:
     return {**origin, "jax": found["versions"]["jax"], "versions": found["versions"], "rows": []}
 
 
-def read_report(path: Path) -> dict[str, Any]:
-    """A saved report, or an empty one. Raises ValueError on a file of another kind or origin."""
+def read_report(path: Path | None) -> dict[str, Any]:
+    """A saved report, or an empty one where there is none.
+
+    Raises ValueError on a file of another kind or origin.
+    """
     here = empty_report()
-    if not path.exists():
+    if path is None or not path.exists():
         return here
     try:
         report = json.loads(path.read_text())

@@ -90,6 +90,9 @@ def test_throughput_of_two_precisions_and_a_second_run_that_measures_nothing(tmp
     assert small["weights_gib"] < large["weights_gib"]
     before = path.read_text()
     assert run(*flags) == 0 and path.read_text() == before
+    assert run(*flags[:2], *flags[3:], "--num-pages", "9") == 0  # another pool is another case
+    *rows, other = json.loads(path.read_text())["rows"]
+    assert rows == report["rows"] and other["num_pages"] == 9
 
 
 def test_decode_and_its_table(capsys):
@@ -160,6 +163,8 @@ def test_places_are_given_away_at_once_and_a_call_is_always_on_its_way(monkeypat
         (["--precision", "w4a8kv4", "--precisions", "w4a8kv8"], "contradict each other"),
         (["--save", "/none/r.json"], "--save /none/r.json: there is no folder /none, make it"),
         (["--save", __file__], "holds no results of this command: name another file"),
+        (["--save", "/"], "--save / is a folder: name a file in it"),
+        (["--plot", "/none/p.png"], "--plot /none/p.png: there is no folder /none, make it"),
         (["--rate", "1"], "unrecognized arguments: --rate 1"),
     ],
 )
@@ -167,6 +172,18 @@ def test_wrong_flags(capsys, flags, line):
     assert bench.main(["throughput", *flags]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and line in err
+
+
+@pytest.mark.parametrize("what", serving_command.PROTOCOLS)
+def test_requests_longer_than_the_context(capsys, what):
+    assert run("--output-len", "500", what=what) == 1
+    message = "--input-len 24 and --output-len 500 are more than the model's context of 512: lower"
+    assert message in capsys.readouterr().err
+
+
+def test_the_longest_request_is_that_of_the_flag(capsys):
+    assert run("--max-model-len", "20") == 1
+    assert "prompt has 24 tokens but the context holds 20" in capsys.readouterr().err
 
 
 def test_results_of_another_machine_do_not_mix(tmp_path, capsys):

@@ -48,8 +48,8 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def check_free(path: Path) -> None:
     """Raises CheckpointError where there is something at `path` already, for the user to decide."""
-    if path.is_dir() and not any(path.iterdir()):
-        return
+    if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+        return  # a link, which a folder cannot be renamed to, is no empty directory
     if path.exists() or path.is_symlink():
         raise CheckpointError(f"{path} exists already: choose another output, or remove it")
 

@@ -22,6 +22,7 @@ from qserve_jax.checkpoint import (
     save_native,
     save_native_orbax,
 )
+from qserve_jax.checkpoint.atomic import check_free
 from qserve_jax.checkpoint.export import export_hf
 from qserve_jax.models import param_shapes
 from qserve_jax.pallas_kernels import prepare_for_backend
@@ -165,6 +166,15 @@ def test_an_existing_output_is_left_alone(checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match="exists already"):
         save_native(tmp_path / "out", loaded.params, loaded.config, loaded.quant_config)
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_link_is_no_empty_output(tmp_path):
+    """Known before the work is done: a folder cannot be renamed to it."""
+    (tmp_path / "empty").mkdir()
+    check_free(tmp_path / "empty")
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match="exists already"):
+        check_free(tmp_path / "link")
 
 
 def test_an_error_leaves_nothing(checkpoint, tmp_path, monkeypatch):

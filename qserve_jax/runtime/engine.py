@@ -332,7 +332,8 @@ class Engine:
             stats.prefilled_sequences += int(made.sum())
             return
         steps = int(made.max())
-        self._step_seconds = seconds / max(steps, 1)
+        if steps:  # none where all rows had ended before: that says nothing of a step
+            self._step_seconds = seconds / steps
         stats.decode_seconds += seconds
         stats.decode_steps += steps
         cached = [s.cached for s in call.batch]

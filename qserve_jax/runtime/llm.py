@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 from collections import deque
@@ -74,11 +75,13 @@ class LLM:
     ):
         self.max_num_seqs = checked_integer("max_num_seqs", max_num_seqs, 1)
         page_size = checked_integer("page_size", page_size, 1, MAX_PAGE_SIZE)
-        checked_integer("max_num_batched_tokens", max_num_batched_tokens, MIN_PROMPT_BUCKET)
+        max_num_batched_tokens = checked_integer(
+            "max_num_batched_tokens", max_num_batched_tokens, MIN_PROMPT_BUCKET
+        )
         if num_pages is not None:
-            checked_integer("num_pages", num_pages, 1)
+            num_pages = checked_integer("num_pages", num_pages, 1)
         if seed is not None:
-            checked_integer("seed", seed, 0, 2**64 - 1)
+            seed = checked_integer("seed", seed, 0, 2**64 - 1)
         if attends not in ATTENDS:
             raise ValueError(f"attends={attends!r} is unknown: use one of {ATTENDS}")
         if lm_head_bits not in (8, 16):
@@ -105,9 +108,9 @@ class LLM:
         del model
         longest = self.config.context_length
         if max_model_len is not None:
-            checked_integer("max_model_len", max_model_len, 2, longest)
+            max_model_len = checked_integer("max_model_len", max_model_len, 2, longest)
         self.max_model_len = longest if max_model_len is None else max_model_len
-        self._next_seed = secrets.randbits(32) if seed is None else seed
+        self._seeds = itertools.count(secrets.randbits(32) if seed is None else seed)
         kv_bits = self.quant_config.kv_bits
         if num_pages is None:
             num_pages = default_num_pages(
@@ -238,7 +241,7 @@ class LLM:
         eos = () if params.ignore_eos else self.config.eos_token_ids
         seed = params.seed
         if seed is None:  # another one for each request, also of later calls
-            seed, self._next_seed = self._next_seed, self._next_seed + 1
+            seed = next(self._seeds)  # in one step: threads may ask at once
         return [
             Sequence(
                 index=index,

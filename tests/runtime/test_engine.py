@@ -3,6 +3,7 @@
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ import pytest
 import qserve_jax
 from qserve_jax import LLM, SamplingParams
 from qserve_jax.checkpoint import LoadedModel, load_model
+from qserve_jax.runtime.engine import Call
+from qserve_jax.runtime.sampling import SampleOutput
 from qserve_jax.runtime.sequence import RequestOutput
 
 DEMO = Path(qserve_jax.__file__).parent / "assets" / "demo"
@@ -90,6 +93,20 @@ def test_an_open_stream_holds_up_nobody(exact):
     assert llm.generate(PROMPTS[1], params)[0].token_ids == alone[1]
     assert first.token_ids + [t for piece in stream for t in piece.token_ids] == alone[0]
     assert llm.pool.free_pages == 2
+
+
+def test_a_call_that_made_nothing_is_no_measure_of_a_step(exact):
+    """It takes no time; the next call of who listens would be as long as calls get."""
+    llm = LLM(exact, max_model_len=64, num_pages=4)
+    engine = llm.engine
+    (sequence,) = llm.sequences("The cat", None)
+    call = Call([sequence], [(0, 64)], SampleOutput(jnp.zeros(1), jnp.ones(1)), False, 0.0)
+    engine._count(call, 4 * 0.1, np.asarray([4]))
+    sequence.listener = print
+    engine.scheduler.waiting.append(sequence)
+    assert engine._most_steps() == 1
+    engine._count(call, 1e-4, np.asarray([0]))
+    assert engine._most_steps() == 1
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -303,6 +320,14 @@ def test_bad_settings_are_refused_in_one_line(exact, settings, message):
     with pytest.raises(ValueError, match="^[^\n]*$") as error:
         LLM(exact, **{"num_pages": 4, **settings})
     assert message in str(error.value)
+
+
+def test_settings_may_be_numpys(exact):
+    names = ("num_pages", "page_size", "max_num_seqs", "max_model_len", "max_num_batched_tokens")
+    settings: dict[str, Any] = {name: np.int64(64) for name in names}
+    settings["seed"] = np.uint64(2**64 - 1)
+    llm = LLM(exact, **settings)
+    assert len(llm.generate([[5, 6]] * 2, SamplingParams(max_tokens=3, temperature=1.0))) == 2
 
 
 def test_a_pool_too_small_for_one_request_is_refused(exact):

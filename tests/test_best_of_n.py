@@ -66,6 +66,7 @@ def test_the_best_sample_is_scored_as_the_model_scores_it(example, params):
 
 
 def test_one_program_and_no_second_cache(example, params):
+    run(example, params, 6)
     before = example.best_of_n._cache_size()
     run(example, params, 6, seed=2)
     assert example.best_of_n._cache_size() == before

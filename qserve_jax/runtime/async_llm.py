@@ -66,8 +66,10 @@ class AsyncLLM:
         """Stop the thread. Requests that are still open fail with RuntimeError."""
         self._closed = True
         self._wake.set()
-        await asyncio.to_thread(self._thread.join)
-        self._fail(RuntimeError("the AsyncLLM was closed: make another one"))
+        try:
+            await asyncio.to_thread(self._thread.join)
+        finally:  # also when the task is cancelled: nobody else would tell them
+            self._fail(RuntimeError("the AsyncLLM was closed: make another one"))
 
     async def __aenter__(self) -> AsyncLLM:
         return self

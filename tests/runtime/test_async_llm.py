@@ -114,6 +114,27 @@ def test_closed_and_unusable(llm):
     assert llm.pool.free_pages == llm.pool.num_pages
 
 
+def test_a_close_that_is_cancelled_leaves_nobody_waiting(llm):
+    async def body():
+        engine = AsyncLLM(llm)
+        stream = engine.stream(PROMPTS[0], SamplingParams(max_tokens=100, ignore_eos=True))
+        await anext(stream)
+        closing = asyncio.create_task(engine.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+
+        async def rest():
+            async for _ in stream:
+                pass
+
+        with pytest.raises(RuntimeError, match="was closed: make another one"):
+            await asyncio.wait_for(rest(), 20)
+        await asyncio.to_thread(engine._thread.join)
+
+    asyncio.run(body())
+    assert llm.pool.free_pages == llm.pool.num_pages
+
+
 def test_the_status_is_a_line(llm):
     async def body(engine):
         await engine.generate(PROMPTS, PARAMS)

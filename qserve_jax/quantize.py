@@ -136,6 +136,8 @@ def check_arguments(args: argparse.Namespace) -> str | None:
         raise UsageError(f"--output: {error}") from None
     if args.plot is not None and not can_plot():
         raise UsageError("--plot needs matplotlib, which is not installed: pip install matplotlib")
+    if args.plot is not None and args.plot.is_dir():
+        raise UsageError(f"--plot {args.plot} is a folder: name a file in it")
     if args.plot is not None and not args.plot.parent.is_dir():
         raise UsageError(f"--plot {args.plot}: there is no folder {args.plot.parent}, make it")
     if not args.quantization.needs_calibration:

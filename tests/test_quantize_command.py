@@ -73,6 +73,7 @@ def texts(tmp_path) -> Path:
         ("--precision w4a8kv4 --kv-bits 8", 2, "--kv-bits 8 contradicts --precision w4a8kv4"),
         ("--recipe qoc", 2, "invalid choice: 'qoc'"),
         ("--plot none/errors.png", 2, "there is no folder none, make it"),
+        ("--plot .", 2, "--plot . is a folder: name a file in it"),
     ],
 )
 def test_bad_input_is_one_line(capsys, texts, tmp_path, monkeypatch, flags, code, message):

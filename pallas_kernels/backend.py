@@ -19,19 +19,6 @@ BACKENDS = ("mosaic_sm90", "mosaic_mma", "reference")
 ENVIRONMENT_VARIABLE = "QSERVE_JAX_BACKEND"
 
 
-UNPROVEN = frozenset(
-    {
-        ("paged_attention", "mosaic_sm90"),
-        ("paged_attention", "mosaic_mma"),
-        ("prefill_attention", "mosaic_sm90"),
-        ("prefill_attention", "mosaic_mma"),
-        ("append_kv", "mosaic_sm90"),
-        ("append_kv", "mosaic_mma"),
-    }
-)
-"""(operation, backend) that have not run on a GPU yet: they run only where they are named."""
-
-
 def resolve(backend: str | None) -> tuple[str, ...]:
     """Backends to try, in order. None reads QSERVE_JAX_BACKEND; unset or "auto" means all of them.
 
@@ -81,9 +68,8 @@ def unavailable(name: str) -> str | None:
     return None
 
 
-def usable(backend: str | None, op: str = "") -> tuple[str, ...]:
-    """`resolve(backend)`, without those that cannot run here, or are UNPROVEN for the operation,
-    where nobody named one.
+def usable(backend: str | None) -> tuple[str, ...]:
+    """`resolve(backend)`, without those that cannot run here where nobody named one.
 
     A backend that is named, by argument or environment, is not checked against the device, so that
     it can be lowered for another machine.
@@ -91,7 +77,7 @@ def usable(backend: str | None, op: str = "") -> tuple[str, ...]:
     names = resolve(backend)
     if len(names) == 1:
         return names
-    return tuple(n for n in names if unavailable(n) is None and (op, n) not in UNPROVEN)
+    return tuple(name for name in names if unavailable(name) is None)
 
 
 def dispatch(
@@ -103,10 +89,7 @@ def dispatch(
     When none is left (an explicit backend is alone on its list) the last refusal propagates.
     """
     refusal = None
-    names = resolve(backend)
-    for name in names:
-        if len(names) > 1 and (op, name) in UNPROVEN:
-            continue
+    for name in resolve(backend):
         if name not in implementations:
             refusal = refusal or NotImplementedError(f"{op} has no {name!r} backend")
             continue

@@ -161,7 +161,7 @@ def find_backends() -> dict[str, dict[str, Any]]:
         runs = reason is None
         return {
             "runs": runs,
-            "by_default": runs and name in backend.usable(None, op),
+            "by_default": runs and name in backend.usable(None),
             "reason": reason,
         }
 

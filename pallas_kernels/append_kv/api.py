@@ -27,7 +27,7 @@ def _run(function: str, backend: str | None, *args: Any, **kwargs: Any) -> Any:
     def implementation(name: str) -> Any:
         return lambda *a, **k: getattr(APPEND_BACKENDS[name](), function)(*a, **k)
 
-    there = {name: implementation(name) for name in usable(backend, "append_kv")}
+    there = {name: implementation(name) for name in usable(backend)}
     return dispatch("append_kv", there, backend, *args, **kwargs)
 
 

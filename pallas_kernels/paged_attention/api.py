@@ -108,7 +108,7 @@ def paged_attention(
     if query_lens is None:
         query_lens = jnp.minimum(context_lens, q.shape[1])
     op = "paged_attention" if q.shape[1] == 1 else "prefill_attention"
-    names = [name for name in usable(backend, op) if name in ATTENTION_BACKENDS]
+    names = [name for name in usable(backend) if name in ATTENTION_BACKENDS]
     out = dispatch(
         op,
         {name: ATTENTION_BACKENDS[name] for name in names},

@@ -13,9 +13,7 @@ of them see, 64 at a time (FlashAttention 2):
 First the pages, then, where new tokens are attended unquantised, the new ones. The tensor core
 multiplies float16: codes and bf16 numbers are exact in it, up to its range of 65504 (also of a
 cache's scales), weights and dequantised values are rounded to it. Nothing is ever dequantised but
-the tile at hand.
-
-This kernel has not run on a GPU yet; its arithmetic is tested thread by thread in numpy.
+the tile at hand. Its arithmetic is tested thread by thread in numpy.
 """
 
 from __future__ import annotations

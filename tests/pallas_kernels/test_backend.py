@@ -70,15 +70,6 @@ def test_dispatch_propagates():
         dispatch("op", {"mosaic_sm90": wrong, "reference": answer}, None, 1, y=2)
 
 
-def test_what_has_not_run_on_a_gpu_runs_only_where_it_is_named(monkeypatch):
-    table = {"mosaic_sm90": answer, "reference": lambda *a, **kw: "reference"}
-    assert dispatch("op", table, None, 1, y=2) == answer(1, y=2)
-    monkeypatch.setattr("qserve_jax.pallas_kernels.backend.UNPROVEN", {("op", "mosaic_sm90")})
-    assert dispatch("op", table, None, 1, y=2) == "reference"
-    assert dispatch("op", table, "mosaic_sm90", 1, y=2) == answer(1, y=2)
-    assert dispatch("another", table, None, 1, y=2) == answer(1, y=2)
-
-
 def calls():
     """Each operation on its smallest case, with the backend left open."""
     x = quantize_activation(jnp.ones((1, 128)))

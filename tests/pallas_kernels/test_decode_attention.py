@@ -353,7 +353,7 @@ def test_decode_refuses_several_tokens(rng):
 
 
 def test_by_default_the_reference_runs(rng):
-    """It has not run on a GPU yet (backend.UNPROVEN), and here there is none."""
+    """Here there is no GPU."""
     case = make_case(rng, [70], h=64, heads=2)
     out = paged_attention(**case.arguments)
     expected = paged_attention(**case.arguments, backend="reference")

@@ -282,14 +282,6 @@ def test_fresh_prompts_without_cudnn_are_the_kernel_s(rng):
     assert worst_error(emulate(made), expected_of(made), made.query_lens) < 8e-4
 
 
-def test_default_dispatch_waits_for_a_gpu_run(monkeypatch):
-    """While the pair is UNPROVEN."""
-    monkeypatch.delenv(backend.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(backend, "unavailable", lambda name: None)
-    unproven = {name for op, name in backend.UNPROVEN if op == "prefill_attention"}
-    assert set(backend.usable(None, "prefill_attention")) == set(backend.BACKENDS) - unproven
-
-
 # On a GPU
 
 
@@ -336,7 +328,8 @@ def test_fresh_prompts_on_a_gpu(gpu, window, rng):
     lens = [1024, 1, 0, 63, 64, 65, 500, 1023]
     made = make_case(rng, lens, lens, 32, 8, 128, 4, "bfloat16")
     made.table = made.table[:, :0]
-    made.new_k, made.new_v = (np.nan_to_num(x) for x in (made.new_k, made.new_v))
+    # numpy's nan_to_num leaves bfloat16 as it is.
+    made.new_k, made.new_v = (np.where(np.isnan(x), 0, x) for x in (made.new_k, made.new_v))
     options = {"window": window}
     found = made.call(run, backend="mosaic_sm90", **options)
     expected = made.call(run, q_dtype=jnp.float32, backend="reference", **options)

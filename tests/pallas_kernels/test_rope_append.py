@@ -246,15 +246,6 @@ def test_refusals(rng):
         call([qkv[:0]], cos[:0], sin[:0], cache, slots[:0])
 
 
-def test_default_dispatch_waits_for_a_gpu_run(monkeypatch):
-    """While the pair is UNPROVEN."""
-    monkeypatch.delenv(backend.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(backend, "unavailable", lambda name: None)
-    unproven = {name for op, name in backend.UNPROVEN if op == "append_kv"}
-    assert set(backend.usable(None, "append_kv")) == set(backend.BACKENDS) - unproven
-    assert backend.usable(KERNEL, "append_kv") == (KERNEL,)
-
-
 def test_reference_in_two_parts_is_the_reference(rng):
     qkv, cos, sin = (jnp.asarray(x) for x in make_inputs(rng, 6, 4, 2, 16, "float32"))
     pages = jnp.zeros((PAGES, 2, 8 * kv_bytes_per_token(16, 4) // 4), jnp.int32)

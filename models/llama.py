@@ -44,6 +44,9 @@ Attention = Callable[[Sequence[Array], Turn, Array | None, Array, Any], tuple[Ar
 """([q [B, T, N, H], k [B, T, K, H], v] or one [B, T, N + 2K, H], not rotated yet, turn, the keys'
 centre [K, H] or None, layer index, state) -> (output [B, T, N, H], state)."""
 
+LAYERS_AT_ONCE = 8
+"""In one round of the loop, where kernels run: on a GPU a round costs one more, which counts."""
+
 Tap = Callable[[str, Callable[[], Array]], None]
 """Shown the layer's matmul inputs and heads by name, as thunks; see `calibration.matmul_inputs`."""
 
@@ -362,8 +365,7 @@ def prefill(
         model, block_table, context_lens, query_lens, slots, cached_pages, attends
     )
     rope_lens = context_lens if rope_lens is None else rope_lens
-    # A round of the loop costs a kernel that counts: 48 of 2082 us a step of Llama-3-8B on an H200.
-    unroll = 1 if usable(model.backend) == ("reference",) else 8
+    unroll = 1 if usable(model.backend) == ("reference",) else LAYERS_AT_ONCE
     x, cache = hidden_states(model, params, tokens, positions, rope_lens, attention, cache, unroll)
     if not all_logits:
         last = jnp.clip(query_lens - 1, 0, t - 1)

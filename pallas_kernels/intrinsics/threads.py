@@ -53,8 +53,8 @@ def sync_cluster() -> None:
 
 
 def meet_cluster() -> None:
-    """As `sync_cluster`, but orders no memory, and so waits for none: before a block ends from whose
-    shared memory others have loaded what they have stored since."""
+    """As `sync_cluster`, but orders no memory, and so waits for none: before a block ends, from
+    whose shared memory others have loaded what they have stored since."""
     sync_warp()
     do_ptx("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;", convergent=True)
 

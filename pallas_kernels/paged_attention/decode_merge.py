@@ -107,9 +107,10 @@ def _share_sums(p: Problem, t: Thread, state: State, top: list[F32]) -> None:
     stride = t.memory.head_stride
     base = t.shared + t.warp * (COLUMNS * stride) + t.c * (2 * stride) + t.g * (p.head_dim // 2)
     factors = [ptx.exp2(own - block) for own, block in zip(state.top, top, strict=True)]
-    for k, factor in enumerate(factors):
-        sums = [(a + state.centre[k]) * factor for a in state.acc[k::2]]
-        _store_shared_floats(base + k * stride, sums)
+    with ptx.when(t.c * 2 < t.block_heads):  # the others are padding
+        for k, factor in enumerate(factors):
+            sums = [(a + state.centre[k]) * factor for a in state.acc[k::2]]
+            _store_shared_floats(base + k * stride, sums)
     with ptx.when(t.g.is_(0)):
         totals = [x * factor for x, factor in zip(state.total, factors, strict=True)]
         _store_shared_floats(t.shared + t.memory.tops + t.warp * 64 + t.c * 8 + 32, totals)

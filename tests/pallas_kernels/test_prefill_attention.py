@@ -334,7 +334,8 @@ def test_fresh_prompts_on_a_gpu(gpu, window, rng):
     expected = made.call(run, q_dtype=jnp.float32, backend="reference", **options)
     plain = plain_error(made, expected, window)
     assert worst_error(found, expected, made.query_lens) < max(2.5e-3, 2 * plain)
-    assert not np.asarray(found)[2].any()
+    padding = np.arange(1024) >= made.query_lens[:, None]
+    assert not np.asarray(found)[padding].any()
 
 
 def plain_error(made, expected, window):

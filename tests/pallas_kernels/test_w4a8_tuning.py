@@ -47,6 +47,13 @@ def test_exact_match_only(write):
     assert tuning.tuned_config("other", 16, 4096, 4096, True) is None
 
 
+def test_other_tiles_are_another_product(write):
+    """Tiles of 16: 49 to 64 tokens are four, as the 64 that were measured; 48 are three."""
+    write({"entries": [ENTRY | {"m": 64}]})
+    found = [tuning.tuned_config("mma", m, 4096, 4096, True) for m in (64, 49, 48, 33)]
+    assert found == [CHOSEN, CHOSEN, None, None]
+
+
 def test_no_file_is_no_config(write):
     assert tuning.load_tuned("NVIDIA Y") == {}
 

@@ -286,7 +286,7 @@ def _report(tool: str, process: subprocess.Popen, log: Path, deadline: float) ->
     is_clean = clean(code, text)
     ended = "out of time" if code is None else f"exit status {code}"
     print(f"== {tool}: {'clean' if is_clean else 'NOT clean'}, {ended}")
-    print(*(summary(text) or text.splitlines()[-10:]), sep="\n", flush=True)
+    print(*summary(text), *([] if is_clean else text.splitlines()[-10:]), sep="\n", flush=True)
     return int(not is_clean)
 
 

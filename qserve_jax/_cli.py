@@ -170,6 +170,14 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+def picture(text: str) -> Path:
+    """An argparse type: a file to draw. Folders are left to be refused as such."""
+    path = Path(text)
+    if path.suffix not in (".png", ".svg", ".pdf") and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no picture: end it in .png, .svg or .pdf")
+    return path
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that `load` and `make_llm` read."""
     group = parser.add_argument_group("model")

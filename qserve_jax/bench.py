@@ -161,7 +161,8 @@ def build_parser() -> _cli.Parser:
     add("--save", type=Path, metavar="FILE",
         help="write JSON after every row; what the file already has is not measured again")
     add("--no-run", action="store_true", help="measure nothing, show what --save FILE has")
-    add("--plot", type=Path, metavar="FILE.png", help="draw the share of the ceiling over M")
+    add("--plot", type=_cli.picture, metavar="FILE.png",
+        help="draw the share of the ceiling over M")
     add("--quiet", action="store_true", help="only errors and warnings on stderr")
     add("--debug", action="store_true", help="tracebacks, and all JAX has to say")
     # fmt: on

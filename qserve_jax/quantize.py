@@ -115,7 +115,8 @@ def build_parser() -> _cli.Parser:
     add = parser.add_argument_group("messages").add_argument
     add("--report", choices=("text", "json"), default="text",
         help="what was done, as text on stderr or an object on stdout (default: text)")
-    add("--plot", type=Path, metavar="FILE", help="draw the errors of all layers (matplotlib)")
+    add("--plot", type=_cli.picture, metavar="FILE.png",
+        help="draw the errors of all layers (matplotlib)")
     add("--quiet", action="store_true", help="only errors and warnings on stderr")
     add("--debug", action="store_true", help="tracebacks, and all JAX has to say")
     # fmt: on

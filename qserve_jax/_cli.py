@@ -344,6 +344,18 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+def leave_matmuls_to_cublas() -> None:
+    """Before JAX's first use of a GPU: no search for faster kernels by Triton, unless XLA_FLAGS has
+    a word about it.
+
+    Calibration has many large float32 products, which are cuBLAS's in the end; on an H200 the
+    search alone took a minute, where everything is compiled in 15 seconds without.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_gpu_enable_triton_gemm" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_triton_gemm=false".strip()
+
+
 def remove_broken_programs(message: str) -> bool:
     """Delete the compiled programs that JAX's warning is about; False for another or a failure.
 

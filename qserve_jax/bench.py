@@ -74,9 +74,8 @@ def bench_attention(args: argparse.Namespace) -> None:
     from qserve_jax.benchmarks import attention_report as report
     from qserve_jax.benchmarks import plot
     from qserve_jax.benchmarks.attention import Sweep, attention_report, run_sweep
-    from qserve_jax.benchmarks.attention_cases import HEADS, decode_cases
 
-    heads = tuple(map(parse_heads, args.heads)) or HEADS
+    cases = attention_cases(args)
     saved = checked_save(args)
     if saved is not None and not report.is_attention(saved):
         raise UsageError(f"--save {args.save} holds results of another --op: name another file")
@@ -84,8 +83,7 @@ def bench_attention(args: argparse.Namespace) -> None:
         raise UsageError("--plot needs matplotlib: pip install 'qserve_jax[plot]'")
     found, problems = saved, []
     if not args.no_run:
-        bits = tuple(dict.fromkeys(args.kv_bits))
-        cases = decode_cases(heads, bits, tuple(args.batch), tuple(args.context))
+        bits = tuple(dict.fromkeys(args.kv_bits or KV_BITS))
 
         def run(bench: Any, backends: tuple[str, ...]) -> None:
             bench.report = bench.report if saved else attention_report(bench.report)
@@ -97,6 +95,19 @@ def bench_attention(args: argparse.Namespace) -> None:
     if args.plot:
         report.plot(found, args.plot)
     _raise_problems(problems)
+
+
+def attention_cases(args: argparse.Namespace) -> list[Any]:
+    """What --heads, --batch, --context and --kv-bits ask for: all combinations, of all of what is
+    not given; without any of them the default cases. Raises UsageError."""
+    from qserve_jax.benchmarks.attention_cases import HEADS, decode_cases, default_cases
+
+    heads = tuple(map(parse_heads, args.heads))
+    if not (heads or args.batch or args.context or args.kv_bits):
+        return default_cases(KV_BITS)
+    bits = tuple(dict.fromkeys(args.kv_bits or KV_BITS))
+    batches, contexts = tuple(args.batch or BATCHES), tuple(args.context or CONTEXTS)
+    return decode_cases(heads or HEADS, bits, batches, contexts)
 
 
 def parse_heads(text: str) -> tuple[int, int, int]:
@@ -136,13 +147,14 @@ def build_parser() -> _cli.Parser:
     add("--group-size", nargs="+", type=int, choices=(128, -1), default=[128, -1],
         help="input features per scale, -1 for one per channel (default: both)")
     add("--heads", nargs="+", metavar="N/K/H", default=[],
-        help="attention: query heads/KV heads/head_dim (default: those of six models)")
-    add("--batch", nargs="+", type=positive, metavar="B", default=list(BATCHES),
-        help="attention: sequences (default: %(default)s)")
-    add("--context", nargs="+", type=positive, metavar="TOKENS", default=list(CONTEXTS),
-        help="attention: cached tokens of each (default: %(default)s)")
-    add("--kv-bits", nargs="+", type=int, choices=KV_BITS, default=list(KV_BITS),
-        help="attention: of the cache (default: all)")
+        help="attention: query heads/KV heads/head_dim (default: those of six models, Llama-3-8B's"
+        " with all batches, contexts and bits, the others with some)")
+    add("--batch", nargs="+", type=positive, metavar="B", default=[],
+        help=f"attention: sequences (default: {' '.join(map(str, BATCHES))})")
+    add("--context", nargs="+", type=positive, metavar="TOKENS", default=[],
+        help=f"attention: cached tokens of each (default: {' '.join(map(str, CONTEXTS))})")
+    add("--kv-bits", nargs="+", type=int, choices=KV_BITS, default=[],
+        help="attention: of the cache (default: all); with any of these four, all combinations")
     add("--backend", nargs="+", choices=_cli.BACKENDS[1:], metavar="NAME", default=[],
         help=f"{', '.join(_cli.BACKENDS[1:])} (default: the kernels that can run here)")
     add("--output", choices=FORMATS, default="table", help="(default: table)")

@@ -184,6 +184,7 @@ def run(args: argparse.Namespace, text: str | None) -> dict[str, Any]:
     from qserve_jax.layerwise.plot import plot_errors
     from qserve_jax.runtime.run_stats import peak_bytes
 
+    _cli.leave_matmuls_to_cublas()
     _cli.enable_compilation_cache()
     source = open_source(args.model)
     tokens = None if text is None else calibration_tokens(args, source, text)

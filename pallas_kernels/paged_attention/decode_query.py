@@ -58,18 +58,24 @@ def load_row(ref: ptx.Address, index: I32, first: I32, count: int, h: int, dtype
     return ptx.load_words(ref.advance(index, h * size).advance(first, size), count * size)
 
 
-def load_query(p: Problem, t: Thread) -> Query:
+def ask_query(p: Problem, t: Thread) -> list[list[I32]]:
     """Lane (g, c): of the query of column g the dims that it reads of K, in the same order."""
     row = t.row * p.heads + t.head_of_column(t.g)
-    piece = min(16, p.side_bytes // 4)  # bytes of K that a lane reads at once
-    dims = piece * 8 // p.bits
+    dims = min(16, p.side_bytes // 4) * 8 // p.bits  # of the bytes of K that a lane reads at once
+    return [
+        load_row(t.gmem["q"], row, t.c * dims + start, dims, p.head_dim, p.q_dtype)
+        for start in range(0, p.head_dim, 4 * dims)
+    ]
+
+
+def make_query(p: Problem, t: Thread, asked: list[list[I32]]) -> Query:
+    """Of what `ask_query` has loaded."""
     fragments, total, correction = [], ptx.constant_float(0), ptx.constant_float(0)
-    for start in range(0, p.head_dim, 4 * dims):
-        words = load_row(t.gmem["q"], row, t.c * dims + start, dims, p.head_dim, p.q_dtype)
+    for words in asked:
         if p.group % COLUMNS:
             words = [ptx.select(t.g < t.block_heads, w, 0) for w in words]
         values = ptx.floats_of(words, p.q_dtype)
-        for eight in (values[i : i + 8] for i in range(0, dims, 8)):
+        for eight in (values[i : i + 8] for i in range(0, len(values), 8)):
             for order, factor, offset in codes.query_order(p.bits):
                 parts, rounded = _fragments(p, [eight[i] for i in order], factor)
                 fragments.append(parts)

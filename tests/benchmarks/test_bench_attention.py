@@ -156,6 +156,32 @@ def test_the_sweep_is_the_issue_s():
     assert (command.BATCHES, command.CONTEXTS) == (BATCHES, CONTEXTS)
 
 
+def cases_of(flags):
+    arguments = f"kernels --op attention {flags}".split()
+    return command.attention_cases(command.build_parser().parse_args(arguments))
+
+
+def test_without_flags_the_other_models_are_measured_where_they_differ():
+    cases = cases_of("")
+    llama = [c for c in cases if (c.heads, c.kv_heads, c.head_dim) == HEADS[0]]
+    assert llama == decode_cases(HEADS[:1], (4, 8, 16), BATCHES, CONTEXTS)
+    assert len(cases) == len(set(cases)) == 3 * 19 + 5 * (5 * 2 + 1 + 2 * 2)
+    for shape in HEADS[1:]:
+        mine = [c.place for c in cases if (c.heads, c.kv_heads, c.head_dim) == shape]
+        eight = [(c["b"], c["ctx"]) for c in mine if c["kv_bits"] == 8]
+        assert eight == [(16, 1024), (16, 4096), (256, 1024), (256, 4096)]
+        four = [(c["b"], c.get("ctx")) for c in mine if c["kv_bits"] == 4]
+        assert four == [(b, n) for b in BATCHES for n in (1024, 4096)] + [(64, None)]
+
+
+def test_a_flag_asks_for_all_combinations():
+    assert cases_of("--kv-bits 4 8 16") == decode_cases(HEADS, (4, 8, 16), BATCHES, CONTEXTS)
+    shape = (14, 2, 64)
+    found = cases_of("--heads 14/2/64 --batch 1 16 --kv-bits 8 8")
+    assert found == decode_cases((shape,), (8,), (1, 16), CONTEXTS) and len(found) == 8
+    assert cases_of("--context 64") == decode_cases(HEADS, (4, 8, 16), BATCHES, (64,))
+
+
 def test_flags(capsys, tmp_path):
     with pytest.raises(UsageError, match="--heads '32/7/128': KV heads must divide"):
         command.bench(["kernels", "--op", "attention", "--heads", "32/7/128"])

@@ -159,7 +159,7 @@ def build_parser() -> _cli.Parser:
         help=f"{', '.join(_cli.BACKENDS[1:])} (default: the kernels that can run here)")
     add("--output", choices=FORMATS, default="table", help="(default: table)")
     add("--save", type=Path, metavar="FILE",
-        help="write JSON after every row; what the file already has is not measured again")
+        help="write JSON after every row; what the file has of these kernels is not measured again")
     add("--no-run", action="store_true", help="measure nothing, show what --save FILE has")
     add("--plot", type=_cli.picture, metavar="FILE.png",
         help="draw the share of the ceiling over M")
@@ -230,14 +230,13 @@ def _measured(
     """The report that run(bench, backends) fills, and its problems. Raises as `measure`."""
     from qserve_jax.benchmarks import clock
     from qserve_jax.benchmarks.matmul import Bench
-    from qserve_jax.benchmarks.report import check_same_origin, empty_report, write_report
+    from qserve_jax.benchmarks.report import continued, empty_report, write_report
 
     _cli.enable_compilation_cache()
     backends = tuple(args.backend) or runnable_backends()
     clock.check_available()
     here = empty_report()
-    if saved is not None:
-        check_same_origin(saved, here)
+    start = here if saved is None else continued(saved, here)
 
     def save(report: Report) -> None:
         if args.save:
@@ -247,7 +246,7 @@ def _measured(
         if not args.quiet:
             print(line, file=sys.stderr, flush=True)
 
-    bench = Bench(clock.call_times, saved or here, save, say)
+    bench = Bench(clock.call_times, start, save, say)
     run(bench, backends)
     return bench.report, bench.problems
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import time
 import types
@@ -159,6 +160,22 @@ def test_config_errors(change, message):
     sm90_config.check_config(GOOD, 64, 1024, True)
     with pytest.raises(ValueError, match=message):
         sm90_config.check_config(dataclasses.replace(GOOD, **change), 64, 1024, True)
+
+
+def test_shared_memory_is_counted_as_mosaic_counts_it(monkeypatch):
+    """A config that takes all of it lowers; one that takes less than a kilobyte more does not."""
+    full, over = Sm90Config(96, 2, 1, 11, 1), Sm90Config(64, 3, 1, 11, 1)
+    x, w = shape_only(True, 256, 6144, 4096)
+
+    def run(x, w, config):
+        return mosaic_sm90.matmul(x, w, layer=0, config=config)
+
+    lower(functools.partial(run, config=full), x, w)
+    with pytest.raises(ValueError, match="takes 233472 bytes of shared memory of 232448"):
+        sm90_config.check_config(over, 256, 6144, True)
+    monkeypatch.setattr(mosaic_sm90, "check_config", lambda *_: None)
+    with pytest.raises(ValueError, match="smem_bytes=233472 > max_smem_bytes=232448"):
+        lower(functools.partial(run, config=over), x, w)
 
 
 # Finer last rounds, leads

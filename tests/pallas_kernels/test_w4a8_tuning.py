@@ -111,6 +111,13 @@ def test_the_files_here_hold_good_entries(path):
     for entry in content["entries"]:
         tuning.entry_of(entry)
         assert entry["us"] < entry["heuristic_us"]
+        m, n, k, per_group = (entry[name] for name in ("m", "n", "k", "per_group"))
+        chosen = tuning.DESIGNS[entry["design"]].choose(m, n, k, per_group)
+        assert entry["config"] != dataclasses.asdict(chosen)
+    tuning.load_tuned.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(tuning.load_tuned(content["device"])) == len(content["entries"])
 
 
 def test_every_design_is_generic(write):

@@ -26,7 +26,7 @@ WARPGROUP_PAGES = {2: 8, 4: 32}
 SPLIT_PAGES = 32
 """Pages that a split should have at least: below, adding up through memory costs more."""
 SPLIT_CLUSTER = 4
-"""Blocks of a cluster where there are splits, too: of clusters of eight fewer fit the GPU."""
+"""Blocks of a cluster where there are splits, too. Of eight, too few may fit the GPU at once."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,16 +4,17 @@ For chunks of a prompt, whose earlier tokens are in the cache, quantised. A bloc
 rows of a KV head (its G query heads, token by token), 16 a warp, and goes over the keys that some
 of them see, 64 at a time (FlashAttention 2):
 
-    store      the tile, fetched during the last step, dequantised to shared memory (prefill_tile)
-    fetch      the words of the next tile
-    scores     q @ k by mma.sync; of a quantised page sk * (q @ code) + ck * sum(q)
+    store      the next tile, fetched during the last step, dequantised to shared memory
+    fetch      the words of the one after it (both: prefill_tile)
+    scores     q @ k by mma.sync
     softmax    online, in powers of two, in float32
     values     acc += weights @ v
 
 First the pages, then, where new tokens are attended unquantised, the new ones. The tensor core
-multiplies float16: codes and bf16 numbers are exact in it, up to its range of 65504 (also of a
-cache's scales), weights and dequantised values are rounded to it. Nothing is ever dequantised but
-the tile at hand. Its arithmetic is tested thread by thread in numpy.
+multiplies float16: bf16 numbers are exact in it, up to its range of 65504 (also of a cache's
+scales), weights and what is dequantised are rounded to it. Nothing is ever dequantised but two
+tiles. The maximum is lazy: it follows only scores that lie far above it, which few tiles have, and
+only then all sums are rescaled. The arithmetic is tested thread by thread in numpy.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -30,6 +32,7 @@ from qserve_jax.pallas_kernels import intrinsics as ptx
 from qserve_jax.pallas_kernels.intrinsics import F32, I32, Address
 from qserve_jax.pallas_kernels.paged_attention import cudnn_prefill, prefill_tile
 from qserve_jax.pallas_kernels.paged_attention.prefill_problem import (
+    MARGIN,
     MINUS_FAR,
     ROWS,
     TILE,
@@ -98,13 +101,13 @@ class _Block:
     shared: I32
 
 
-def _block(p: Problem, lens: Address, shared: Any) -> _Block:
+def _block(p: Problem, lens: Address, shared: Any, thread: I32) -> _Block:
     """The last rows of all come first: they see most."""
-    block, lane = ptx.block_index(), ptx.thread_index() & 31
+    block, lane = ptx.block_index(), thread & 31
     kv_head, rest = block % p.kv_heads, block // p.kv_heads
     batch, tile = rest % p.rows, (p.tiles - 1) - rest // p.rows
     context, query_len = ptx.load_global(lens.advance(batch, 8), count=2)
-    row = tile * ROWS + ptx.warp_index() * 16 + (lane >> 2)
+    row = tile * ROWS + (thread >> 5) * 16 + (lane >> 2)
     first = tile * ROWS // p.group
     last = ptx.minimum(((tile + 1) * ROWS - 1) // p.group, query_len - 1)
     start = context - query_len
@@ -133,18 +136,19 @@ class _State:
 def _body(p: Problem, q: Any, lens: Any, table: Any, pages: Any, *refs: Any) -> None:
     """The kernel. refs: new K and V where they are attended, the layer, output, shared memory."""
     *more, out, shared = refs
-    b = _block(p, ptx.global_address(lens), shared)
+    thread = ptx.thread_index()
+    b = _block(p, ptx.global_address(lens), shared, thread)
     query = _load_query(p, b, ptx.global_address(q))
-    sums = _row_sums(query)
     top, zero = ptx.constant_float(MINUS_FAR), ptx.constant_float(0)
     state = _State([top] * 2, [zero] * 2, [zero] * (p.head_dim // 2))
     if p.width:
         layer = ptx.global_address(more[-1]) if p.layers is not None else None
         source, count = _pages(p, b, ptx.global_address(table), ptx.global_address(pages), layer)
-        state = _attend(p, b, source, count, query, sums, state)
+        state = _attend(p, b, source, count, query, state)
     if p.full:
         source, count = _new_tokens(p, b, *map(ptx.global_address, more[:2]))
-        state = _attend(p, b, source, count, query, sums, state)
+        state = _attend(p, b, source, count, query, state)
+    b = _block(p, ptx.global_address(lens), shared, ptx.opaque(thread))  # fewer registers are kept
     _store_output(p, b, ptx.global_address(out), state)
 
 
@@ -184,31 +188,37 @@ def _count(b: _Block, first: I32, end: I32) -> I32:
     return ptx.select(b.first < b.query_len, ptx.maximum(tiles, 0), 0)
 
 
-def _attend(
-    p: Problem, b: _Block, source: Source, count: I32, query: Any, sums: list[F32], state: _State
-) -> _State:
-    """Over all tiles of a source."""
-    page = source.page(ptx.constant(0))
-    fetched = prefill_tile.fetch(source, page)
+def _attend(p: Problem, b: _Block, source: Source, count: I32, query: Any, state: _State) -> _State:
+    """Over all tiles of a source. One tile is stored while another is read."""
+
+    def valid(i: I32, page: I32) -> I32:
+        """How many tokens of the i-th tile are there."""
+        return _valid(p, b, source, (source.first + i) * TILE) * source.exists(page)
+
+    def store(i: I32, page: I32, words: list[I32]) -> None:
+        prefill_tile.store(p, source, b.shared + (i & 1) * p.tile_bytes, words, valid(i, page))
 
     def step(i: I32, carry: list[Any]) -> list[Any]:
-        page, words = carry[0], carry[1 : 1 + len(fetched)]
-        found = _State.of(carry[1 + len(fetched) :])
-        begin = (source.first + i) * TILE
-        ptx.sync_block(32 * WARPS)  # the last tile has been read
-        count = _valid(p, b, source, begin) * source.exists(page)
-        prefill_tile.store(p, source, b.shared, words, count)
-        following = source.page(i + 1)
-        words = prefill_tile.fetch(source, following)
-        ptx.sync_block(32 * WARPS)
-        seen = _seen(p, b, source, begin, count)
-        scores = _scores(p, b, source, query, sums, seen)
-        found, weights = _weigh(found, scores)
-        found.acc = _add_values(p, b, found.acc, weights)
-        return [following, *words, *found.registers()]
+        page, following, words = carry[0], carry[1], carry[2 : 2 + size]
+        found = _State.of(carry[2 + size :])
+        ptx.sync_block(32 * WARPS)  # this tile is stored, and the last has been read
+        store(i + 1, following, words)
+        later = source.page(i + 2)
+        tile = b.shared + (i & 1) * p.tile_bytes
+        seen = _seen(p, b, source, (source.first + i) * TILE, valid(i, page))
+        scores = _mask(_scores(p, b, tile, query), seen, b)
+        words = prefill_tile.fetch(source, later)  # not before: registers are scarce
+        found, weights = _weigh(p, found, scores)
+        found.acc = _add_values(p, b, tile, found.acc, weights)
+        return [following, later, *words, *found.registers()]
 
-    last: list[Any] = ptx.loop(count, [page, *fetched, *state.registers()], step)
-    return _State.of(last[1 + len(fetched) :])
+    page, following = (source.page(ptx.constant(i)) for i in range(2))
+    ptx.sync_block(32 * WARPS)  # another source's last tile has been read
+    store(ptx.constant(0), page, prefill_tile.fetch(source, page))
+    words = prefill_tile.fetch(source, following)
+    size = len(words)
+    last: list[Any] = ptx.loop(count, [page, following, *words, *state.registers()], step)
+    return _State.of(last[2 + size :])
 
 
 def _valid(p: Problem, b: _Block, source: Source, begin: I32) -> I32:
@@ -254,16 +264,6 @@ def _load_query(p: Problem, b: _Block, q: Address) -> list[list[I32]]:
     ]
 
 
-def _row_sums(query: list[list[I32]]) -> list[F32]:
-    """Sums of q over its dimensions, of rows g and g + 8."""
-    sums = []
-    for row in range(2):
-        words = [word for fragment in query for word in fragment[row::2]]
-        values = [x for word in words for x in ptx.unpack_halves(word, "float16")]
-        sums.append(_over_columns(F32.__add__, functools.reduce(F32.__add__, values)))
-    return sums
-
-
 def _over_columns(combine: Any, value: F32) -> F32:
     """Over the four lanes that share a row."""
     for lanes in (1, 2):
@@ -271,12 +271,10 @@ def _over_columns(combine: Any, value: F32) -> F32:
     return value
 
 
-def _scores(
-    p: Problem, b: _Block, source: Source, query: Any, sums: list[F32], seen: list[tuple[I32, I32]]
-) -> list[list[F32]]:
-    """For each 8 keys: rows g (two keys) and g + 8, in powers of two; -inf where not seen."""
-    factor, zero = ptx.constant_float(p.score_factor), ptx.constant_float(0)
-    matrix = b.shared + (b.lane & 7) * p.stride + (b.lane >> 3) * 16
+def _scores(p: Problem, b: _Block, tile: I32, query: Any) -> list[F32]:
+    """q @ k. For each 8 keys: rows g (two keys) and g + 8."""
+    zero = ptx.constant_float(0)
+    matrix = tile + (b.lane & 7) * p.stride + (b.lane >> 3) * 16
     scores = []
     for key in range(0, TILE, 8):
         acc = [zero] * 4
@@ -284,52 +282,67 @@ def _scores(
             words = ptx.load_matrix(matrix, key * p.stride + 2 * dim)
             acc = ptx.mma_halves(acc, query[dim // 16], words[:2], "float16")
             acc = ptx.mma_halves(acc, query[dim // 16 + 1], words[2:], "float16")
-        if source.bits < 16:
-            at = b.shared + b.c * 16
-            scales = ptx.load_shared(at, p.scales_at + 8 * key, count=4, kind=F32)
-            acc = [
-                ptx.multiply_add(scales[2 * (i % 2)], x, scales[2 * (i % 2) + 1] * sums[i // 2])
-                for i, x in enumerate(acc)
-            ]
-        scores.append(
-            [
-                _masked(x * factor, seen[i // 2], b.c * 2 + (key + i % 2), p)
-                for i, x in enumerate(acc)
-            ]
-        )
+        scores += acc
     return scores
 
 
-def _masked(score: F32, seen: tuple[I32, I32], key: I32, p: Problem) -> F32:
-    low, end = seen
-    is_seen = (key < end) & ~(key < low)
-    return ptx.select_float(is_seen, score, ptx.constant_float(float("-inf")))
+def _mask(scores: list[F32], seen: list[tuple[I32, I32]], b: _Block) -> list[F32]:
+    """-inf where not seen; most tiles are seen whole by all rows of a warp."""
+
+    def masked() -> list[F32]:
+        minus = ptx.constant_float(float("-inf"))
+        found = []
+        for i, score in enumerate(scores):
+            (low, end), key = seen[i // 2 % 2], b.c * 2 + (8 * (i // 4) + i % 2)
+            found.append(ptx.select_float((key < end) & ~(key < low), score, minus))
+        return found
+
+    low = ptx.maximum(seen[0][0], seen[1][0])
+    end = ptx.minimum(seen[0][1], seen[1][1])
+    whole = (end > TILE - 1) & (low < 1)
+    return ptx.branch_values(ptx.any_lane(~whole), scores, masked)
 
 
-def _weigh(state: _State, scores: list[list[F32]]) -> tuple[_State, list[list[F32]]]:
-    """Weights relative to the new maximum, and the state rescaled to it."""
-    top, shrink = [], []
+def _weigh(p: Problem, state: _State, scores: list[F32]) -> tuple[_State, list[F32]]:
+    """Weights relative to the maximum, which follows scores that are far above it; then all that
+    was summed is rescaled."""
+    rows = [[x for i, x in enumerate(scores) if i // 2 % 2 == row] for row in range(2)]
+    best = [_over_columns(ptx.float_maximum, _reduce(ptx.float_maximum, row)) for row in rows]
+    factor = ptx.constant_float(p.score_factor)
+    above = ptx.float_maximum(*(x - top for x, top in zip(best, state.top, strict=True)))
+
+    def rescaled() -> list[F32]:
+        top = [ptx.float_maximum(*pair) for pair in zip(state.top, best, strict=True)]
+        pairs = zip(state.top, top, strict=True)
+        shrink = [ptx.exp2((old - new) * factor) for old, new in pairs]
+        total = [x * s for x, s in zip(state.total, shrink, strict=True)]
+        return [*top, *total, *(x * shrink[i // 2 % 2] for i, x in enumerate(state.acc))]
+
+    far = ptx.any_lane(above > ptx.constant_float(MARGIN / p.score_factor))
+    state = _State.of(ptx.branch_values(far, state.registers(), rescaled))
+    minus = [ptx.constant_float(0) - top * factor for top in state.top]
+    weights = [
+        ptx.exp2(ptx.multiply_add(x, factor, minus[i // 2 % 2])) for i, x in enumerate(scores)
+    ]
     for row in range(2):
-        found = [x for four in scores for x in four[2 * row : 2 * row + 2]]
-        best = _over_columns(ptx.float_maximum, functools.reduce(ptx.float_maximum, found))
-        top.append(ptx.float_maximum(state.top[row], best))
-        shrink.append(ptx.exp2(state.top[row] - top[row]))
-    weights = [[ptx.exp2(x - top[i // 2]) for i, x in enumerate(four)] for four in scores]
-    total = []
-    for row in range(2):
-        parts = [x for four in weights for x in four[2 * row : 2 * row + 2]]
-        total.append(functools.reduce(F32.__add__, parts, state.total[row] * shrink[row]))
-    acc = [x * shrink[i // 2 % 2] for i, x in enumerate(state.acc)]
-    return _State(top, total, acc), weights
+        mine = [x for i, x in enumerate(weights) if i // 2 % 2 == row]
+        state.total[row] = state.total[row] + _reduce(operator.add, mine)
+    return state, weights
 
 
-def _add_values(p: Problem, b: _Block, acc: list[F32], weights: list[list[F32]]) -> list[F32]:
+def _reduce(combine: Any, values: list[F32]) -> F32:
+    """As a tree, whose steps need not wait for each other."""
+    while len(values) > 1:
+        values = [combine(*pair) for pair in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
+
+
+def _add_values(p: Problem, b: _Block, tile: I32, acc: list[F32], weights: list[F32]) -> list[F32]:
     """acc [16 rows, H] + weights @ v."""
     acc = list(acc)
-    matrix = b.shared + (b.lane & 15) * p.stride + (b.lane >> 4) * 16
+    matrix = tile + (b.lane & 15) * p.stride + (b.lane >> 4) * 16
     for key in range(0, TILE, 16):
-        near, far = weights[key // 8], weights[key // 8 + 1]
-        a = ptx.words_of([*near, *far], "float16")
+        a = ptx.words_of(weights[key // 2 : key // 2 + 8], "float16")
         for dim in range(0, p.head_dim, 16):
             offset = p.values_at + key * p.stride + 2 * dim
             words = ptx.load_matrix(matrix, offset, transposed=True)

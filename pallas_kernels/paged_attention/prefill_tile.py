@@ -1,9 +1,8 @@
 """64 keys and values, from where they lie to shared memory as float16.
 
 All threads of a block together: each takes 16 bytes of a token's K, and of its V. Of a quantised
-page K is stored as code - 2^(bits-1), which float16 holds exactly, and its scale and centre beside
-it; V as (code - 2^(bits-1)) s + c, rounded once. Values of tokens that are not there are zeros,
-because their weight 0 does not cancel a NaN.
+page they are (code - 2^(bits-1)) s + c, rounded once. Values of tokens that are not there are
+zeros, because their weight 0 does not cancel a NaN.
 """
 
 from __future__ import annotations
@@ -126,12 +125,7 @@ def store(p: Problem, source: Source, shared: I32, words: Sequence[I32], count: 
         mine = words[i * each : (i + 1) * each]
         k, v = mine[:4], mine[4:8]
         if source.bits < 16:
-            k, v = _expand(source.bits, k), _expand(source.bits, v)
-            scale, centre = (_both(mine[9], half) for half in (0x1010, 0x3232))
-            v = [ptx.multiply_add_halves(x, scale, centre) for x in v]
-            pair = [ptx.float_bits(x) for x in ptx.unpack_halves(mine[8], "float16")]
-            with ptx.when(chunk.is_(0)):
-                ptx.store_shared_words(shared + token * 8, pair, p.scales_at)
+            k, v = (_dequantize(source.bits, *x) for x in ((k, mine[8]), (v, mine[9])))
         else:
             k, v = (ptx.words_of(ptx.floats_of(x, source.dtype), "float16") for x in (k, v))
         v = [ptx.select(token < count, word, 0) for word in v]
@@ -141,24 +135,22 @@ def store(p: Problem, source: Source, shared: I32, words: Sequence[I32], count: 
                 ptx.store_shared_words(at, side[j : j + 4], offset + 4 * j)
 
 
-def _both(word: I32, selector: int) -> I32:
-    """One half of a word in both."""
-    return ptx.pick_bytes(word, word, selector)
-
-
-def _expand(bits: int, words: Sequence[I32]) -> list[I32]:
-    """Codes to float16 of code - 2^(bits-1), two neighbouring dimensions a word."""
-    return [pair for word in words for pair in (_pairs_4 if bits == 4 else _pairs_8)(word)]
+def _dequantize(bits: int, words: Sequence[I32], scales: I32) -> list[I32]:
+    """float16 of (code - 2^(bits-1)) s + c, two neighbouring dimensions a word; scales: (s, c)."""
+    scale, centre = (ptx.pick_bytes(scales, scales, half) for half in (0x1010, 0x3232))
+    codes = [pair for word in words for pair in (_pairs_4 if bits == 4 else _pairs_8)(word)]
+    return [ptx.multiply_add_halves(code, scale, centre) for code in codes]
 
 
 def _pairs_4(word: I32) -> list[I32]:
-    """1024 + code by setting the lowest bits of 1024, minus 1032."""
-    minus = ptx.constant(0xE408E408)
+    """A byte's low code into the low bits of 1024, minus 1032; its high code, 16 times as much in
+    the high half's, divided by 16, minus 72."""
+    zero, factors, minus = (ptx.constant(x) for x in (0, 0x2C003C00, 0xD480E408))
     pairs = []
-    for shift in (0, 8, 16, 24):
-        two = word >> shift
-        both = (two & 0xF) | ((two << 12) & 0xF0000)
-        pairs.append(ptx.add_halves(both | MAGIC, minus))
+    for byte in range(4):
+        twice = ptx.pick_bytes(word, zero, 0x4040 | byte | byte << 8)
+        both = ptx.masked_or(twice, 0x00F0000F, MAGIC)
+        pairs.append(ptx.multiply_add_halves(both, factors, minus))
     return pairs
 
 

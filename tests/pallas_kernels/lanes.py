@@ -150,6 +150,10 @@ class Machine:
         self._whole_warps()
         return type(value)(value.values[np.arange(len(self.thread)) ^ lanes])
 
+    def any_lane(self, condition):
+        self._whole_warps()
+        return Predicate(condition.values.reshape(-1, 32).any(1).repeat(32))
+
     def sync_block(self, threads, barrier=1):
         assert self.mask.all() and threads == self.thread.max() + 1
         self.meetings += 1
@@ -170,6 +174,12 @@ class Machine:
             with self.when(side):
                 if self.mask.any():
                     body()
+
+    def branch_values(self, condition, kept, changed):
+        with self.when(condition):
+            found = changed() if self.mask.any() else kept
+        pairs = zip(found, kept, strict=True)
+        return [type(k)(np.where(condition.values, f.values, k.values)) for f, k in pairs]
 
     def loop(self, count, carry, body):
         counts = np.unique(count.values)
@@ -260,6 +270,9 @@ class Machine:
     def reciprocal(self, x):
         return F32(np.float32(1) / x.values)
 
+    def opaque(self, word):
+        return word
+
     # Halves and bytes
 
     def pack_halves(self, low, high, dtype):
@@ -275,6 +288,9 @@ class Machine:
     def low_bytes(self, a, b, c, d):
         low = [x.values & 0xFF for x in (a, b, c, d)]
         return I32(low[0] | low[1] << 8 | low[2] << 16 | low[3] << 24)
+
+    def masked_or(self, word, mask, bits):
+        return (word & mask) | bits
 
     def pick_bytes(self, a, b, selector):
         octets = np.stack([a.values, b.values], -1).view(np.uint8)  # [threads, 8]

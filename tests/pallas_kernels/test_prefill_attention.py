@@ -269,6 +269,10 @@ def test_refusals(rng):
         call(q_dtype=jnp.float32)
     with pytest.raises(NotImplementedError, match="a softcap of 30.0, but prefill takes none"):
         call(softcap=30.0)
+    with pytest.raises(
+        NotImplementedError, match="an sm_scale of -0.1, but prefill takes more than"
+    ):
+        call(sm_scale=-0.1)
     with pytest.raises(NotImplementedError, match="^fresh prompts are cuDNN's, but cuDNN is not"):
         options = {"window": None, "sm_scale": None}
         cudnn_prefill.attention(made.q, made.new_k, made.new_v, made.query_lens, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from qserve_jax.pallas_kernels import intrinsics as ptx
 from qserve_jax.pallas_kernels.intrinsics import F32, I32
@@ -28,6 +29,18 @@ class Query:
     fragments: list[list[tuple[I32, I32]]]
     starts: list[F32]
     sums: list[F32]
+
+    def registers(self) -> list[Any]:
+        words = [word for parts in self.fragments for part in parts for word in part]
+        return [*words, *self.starts, *self.sums]
+
+    @staticmethod
+    def of(p: Problem, registers: list[Any]) -> Query:
+        *words, a, b, c, d = registers
+        parts = list(zip(words[::2], words[1::2], strict=True))
+        each = 2 if p.splits_query else 1
+        fragments = [parts[i : i + each] for i in range(0, len(parts), each)]
+        return Query(fragments, [a, b], [c, d])
 
 
 @dataclasses.dataclass
@@ -69,7 +82,15 @@ def ask_query(p: Problem, t: Thread) -> list[list[I32]]:
 
 
 def make_query(p: Problem, t: Thread, asked: list[list[I32]]) -> Query:
-    """Of what `ask_query` has loaded."""
+    """Of what `ask_query` has loaded, where the worker has pages: behind a branch, ptxas leaves it
+    after the copies, which should not wait for it."""
+    count = p.head_dim // 4 * (2 if p.splits_query else 1)
+    nothing = [*[ptx.constant(0)] * (count // 2), *[ptx.constant_float(0)] * 4]
+    made = ptx.branch_values(t.pages > 0, nothing, lambda: _query(p, t, asked).registers())
+    return Query.of(p, made)
+
+
+def _query(p: Problem, t: Thread, asked: list[list[I32]]) -> Query:
     fragments, total, correction = [], ptx.constant_float(0), ptx.constant_float(0)
     for words in asked:
         if p.group % COLUMNS:

@@ -67,7 +67,7 @@ class State:
 
 def load_row(ref: ptx.Address, index: I32, first: I32, count: int, h: int, dtype: str) -> list[I32]:
     """Of row `index` of [.., h] the words of the numbers first .. first + count - 1."""
-    size = 4 if dtype == "float32" else 2
+    size = _size(dtype)
     return ptx.load_words(ref.advance(index, h * size).advance(first, size), count * size)
 
 
@@ -139,25 +139,47 @@ def finish_score(p: Problem, scaled: F32, minus: F32) -> F32:
     return ptx.multiply_add(tanh, ptx.constant_float(p.softcap * LOG2E), minus)
 
 
-def start_state(p: Problem, t: Thread) -> State:
+def ask_new_token(p: Problem, t: Thread) -> list[I32]:
+    """Of the new token, in the first warp of the first worker: words of q, of k and of v."""
+    if p.new is None:
+        return []
+    h, part = p.head_dim, p.head_dim // 4
+    token = t.row * p.kv_heads + t.kv_head
+    row = t.row * p.heads + t.head_of_column(t.g)
+
+    def load() -> list[I32]:
+        assert p.new is not None
+        q = load_row(t.gmem["q"], row, t.c * part, part, h, p.q_dtype)
+        k = load_row(t.gmem["new_k"], token, t.c * part, part, h, p.new)
+        return [*q, *k, *load_row(t.gmem["new_v"], token, t.g * (h // 8), h // 8, h, p.new)]
+
+    size = part * _size(p.q_dtype) + (part + h // 8) * _size(p.new)
+    nothing = [ptx.constant(0)] * (size // 4)
+    return ptx.branch_values(t.worker.is_(0) & t.quarter.is_(0), nothing, load)
+
+
+def _size(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def start_state(p: Problem, t: Thread, asked: list[I32]) -> State:
     """Nothing; in the first warp of the first worker the new token, where it is to be seen."""
     zero, lowest = ptx.constant_float(0), ptx.constant_float(LOWEST)
     empty = State([zero] * (p.head_dim // 4), [lowest] * 2, [zero] * 2, [zero] * 2)
     if p.new is None:
         return empty
     mine = t.has_new & t.worker.is_(0) & t.quarter.is_(0)
-    found = ptx.branch_values(mine, empty.registers(), lambda: _new_token(p, t).registers())
+    found = ptx.branch_values(mine, empty.registers(), lambda: _new_token(p, t, asked).registers())
     return State.of(found)
 
 
-def _new_token(p: Problem, t: Thread) -> State:
+def _new_token(p: Problem, t: Thread, asked: list[I32]) -> State:
     """The state after one token, in float32."""
     assert p.new is not None
-    h, part = p.head_dim, p.head_dim // 4
-    token = t.row * p.kv_heads + t.kv_head
-    row = t.row * p.heads + t.head_of_column(t.g)
-    q = ptx.floats_of(load_row(t.gmem["q"], row, t.c * part, part, h, p.q_dtype), p.q_dtype)
-    k = ptx.floats_of(load_row(t.gmem["new_k"], token, t.c * part, part, h, p.new), p.new)
+    part = p.head_dim // 4
+    count = part * _size(p.q_dtype) // 4
+    q, rest = ptx.floats_of(asked[:count], p.q_dtype), ptx.floats_of(asked[count:], p.new)
+    k, v = rest[:part], rest[part:]
     score = ptx.constant_float(0)
     for a, b in zip(q, k, strict=True):
         score = ptx.multiply_add(a, b, score)
@@ -165,8 +187,7 @@ def _new_token(p: Problem, t: Thread) -> State:
         score = score + ptx.exchange(score, lanes)
     lift = ptx.constant_float(-LIFT[p.bits])
     top = finish_score(p, score * ptx.constant_float(p.score_factor), lift)
-    v = load_row(t.gmem["new_v"], token, t.g * (h // 8), h // 8, h, p.new)
     zero, weight = ptx.constant_float(0), ptx.constant_float(2.0 ** LIFT[p.bits])
-    acc = [value * weight for value in ptx.floats_of(v, p.new) for _ in range(2)]
+    acc = [value * weight for value in v for _ in range(2)]
     total = ptx.select_float(t.g.is_(0), weight, zero)
     return State(acc, of_columns(t, top), [total] * 2, [zero] * 2)

@@ -31,6 +31,7 @@ from qserve_jax.pallas_kernels.paged_attention.decode_merge import (
 from qserve_jax.pallas_kernels.paged_attention.decode_problem import Problem, gather
 from qserve_jax.pallas_kernels.paged_attention.decode_query import (
     State,
+    ask_new_token,
     ask_query,
     make_query,
     start_state,
@@ -113,13 +114,13 @@ def _body(
     operands, (out, shared, *barriers) = refs[: len(names)], refs[len(names) :]
     t = Thread(p, config, dict(zip(names, operands, strict=True)) | {"out": out}, shared)
     copies = make_copies(p, config, t, barriers)
-    asked = ask_query(p, t)
+    asked, new = ask_query(p, t), ask_new_token(p, t)
     first = copies.prepare()
     t.find_pages(p)  # the first statement that waits for memory
     copies.start()
     query = make_query(p, t, asked)
     ptx.sync_block(config.threads)  # barriers are initialised
-    state = start_state(p, t)  # one warp's: the others need not wait for it
+    state = start_state(p, t, new)  # one warp's: the others need not wait for it
     state = _main_loop(p, config, t, copies, query, state, first)
     merge(p, config, t.again(p, config), state)
 

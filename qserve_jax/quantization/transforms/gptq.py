@@ -37,8 +37,10 @@ def gptq_codes(
     bound: values are clamped to +-bound before they are coded (119 for two-level weights).
     damp: of the mean diagonal, added to the diagonal. block: columns corrected at once.
 
-    A column whose input is always zero is coded as zero. Equal to a plain column-by-column
-    evaluation up to rounding (tests/quantization/transforms/test_gptq.py).
+    A column whose input is always zero is coded as zero. A Hessian that has no factor in float32,
+    damping and all, or is not finite, corrects nothing: codes are then those of round to nearest.
+    Equal to a plain column-by-column evaluation up to rounding
+    (tests/quantization/transforms/test_gptq.py).
     """
     n, k = u.shape
     group = k // scale.shape[-1]
@@ -60,7 +62,7 @@ def gptq_codes(
 
 
 def _inverse_factor(hessian: Array, dead: Array, damp: float) -> Array:
-    """Upper U with U^T U = (H + damping)^-1.
+    """Upper U with U^T U = (H + damping)^-1, or the identity where Cholesky's square roots fail.
 
     H = R R^T with R upper is Cholesky's factorisation from the last row up, and U = R^-1: no
     inverse of H itself is formed, which would square the rounding errors.
@@ -70,7 +72,9 @@ def _inverse_factor(hessian: Array, dead: Array, damp: float) -> Array:
     mean = jnp.where(jnp.any(~dead), jnp.mean(diagonal), 1.0)
     hessian = hessian + jnp.diag(jnp.where(dead, mean, 0.0) + damp * mean)
     upper = jnp.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
-    return solve_triangular(upper, jnp.eye(k, dtype=hessian.dtype), lower=False)
+    identity = jnp.eye(k, dtype=hessian.dtype)
+    factor = solve_triangular(upper, identity, lower=False)
+    return jnp.where(jnp.all(jnp.isfinite(factor)), factor, identity)
 
 
 def _rounded_columns(u, scale, zero, factor, bound, block):

@@ -97,6 +97,19 @@ def test_codes_stay_in_int8_where_correction_overshoots(rng):
     assert w8.min() >= -128 and w8.max() <= 127
 
 
+@pytest.mark.parametrize("broken", ["indefinite", "inf", "nan"])
+def test_a_hessian_without_a_factor_leaves_round_to_nearest(rng, broken):
+    """And no codes of NaN: a sum that float32 cannot hold must not spoil the weights."""
+    w = rng.standard_normal((8, 128)).astype(np.float32)
+    hessian = np.ones((128, 128), np.float32) - 0.5 * np.eye(128, dtype=np.float32)
+    if broken != "indefinite":
+        hessian[5, 7] = hessian[7, 5] = float(broken)
+    params, stats = {"a": {"kernel": jnp.asarray(w.T)}}, ActivationStats({}, {"a": hessian})
+    for config in (QuantConfig(), QuantConfig(group_size=-1)):
+        got = quantize_with_statistics(params, config, stats)
+        jax.tree.map(np.testing.assert_array_equal, got, quantize_params(params, config))
+
+
 def test_stacks_are_layers_apart(rng):
     pairs = [inputs(rng, 16, 128) for _ in range(2)]
     w, hessian = (np.stack(x) for x in zip(*pairs, strict=True))

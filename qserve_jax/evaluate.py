@@ -136,6 +136,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--compare {','.join(args.compare)} needs the float model that {args.model} was "
             "quantised from: name it with --reference"
         )
+    if args.save is not None and args.save.is_dir():
+        raise UsageError(f"--save {args.save} is a folder: name a file in it")
     if args.save is not None and not args.save.parent.is_dir():
         raise UsageError(f"--save {args.save}: there is no folder {args.save.parent}, make it")
     split_tasks(args)

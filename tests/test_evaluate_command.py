@@ -52,6 +52,7 @@ def test_copies_of_names():
         (["--text", "/x", "--compare", "float,awq"], "--compare 'awq' is unknown: use float, rtn"),
         (["--text", "/x", "--reference", "DIR"], "--reference is for --compare: name what"),
         (["--text", "/x", "--save", "/no/x.json"], "--save /no/x.json: there is no folder /no, "),
+        (["--text", "/x", "--save", "/"], "--save / is a folder: name a file in it"),
         (["--text", "/x", "--precision", "w2a2kv2"], "invalid choice: 'w2a2kv2'"),
     ],
 )

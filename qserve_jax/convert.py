@@ -136,6 +136,11 @@ def as_text(report: dict[str, Any]) -> str:
     ]
     if report["input"] == "float":
         lines.append("note: weights were quantised by round-to-nearest")
+    if report["to"] == "qserve" and report["precision"] != "w4a8kv4":
+        lines.append(
+            "note: QServe's format does not hold the bits of activations and cache: load it with "
+            f"--precision {report['precision']}"
+        )
     if error := report.get("largest_scale_error"):
         lines.append(f"note: scales were rounded to float16, relative error up to {error:.1e}")
     return "\n".join(lines)

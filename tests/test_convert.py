@@ -60,6 +60,13 @@ def test_text_report(tmp_path, capsys):
     assert err.startswith("float -> native, w4a8kv4: ") and "by round-to-nearest" in err
 
 
+@pytest.mark.parametrize(("precision", "told"), [("w4a8kv8", True), ("w4a8kv4", False)])
+def test_bits_that_the_format_does_not_hold_are_told(tmp_path, capsys, precision, told):
+    argv = ("--model", DEMO, "--output", tmp_path / "q", "--to", "qserve", "--precision", precision)
+    code, out, err = run(capsys, *argv)
+    assert (code, out) == (0, "") and (f"load it with --precision {precision}" in err) == told
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

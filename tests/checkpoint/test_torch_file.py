@@ -56,8 +56,9 @@ class Call:
 
 
 class Storage:
-    def __init__(self, kind="HalfStorage", key: Any = "0", size=24):
-        self.pid = ("storage", Global("torch", kind), key, "cpu", size)
+    def __init__(self, kind: Any = "HalfStorage", key: Any = "0", size=24):
+        kind = Global("torch", kind) if isinstance(kind, str) else kind
+        self.pid = ("storage", kind, key, "cpu", size)
 
 
 PythonPickler: Any = getattr(pickle, "_Pickler")  # noqa: B009 (it is not in the type stubs)
@@ -125,7 +126,7 @@ def attacks(marker):
         "in a tensor's arguments": {"x": tensor(Storage(), evil)},
         "in a tensor's storage": {"x": tensor(evil)},
         "in a storage's key": {"x": tensor(Storage(key=evil))},
-        "as a storage's class": {"x": tensor(Storage())} | {"y": evil},
+        "as a storage's class": {"x": tensor(Storage(kind=evil))},
         "nested": Call(
             Call(
                 Global("builtins", "getattr"),

@@ -50,9 +50,13 @@ def make(**changes):
         "tie_embeddings": True,
     }
     config = ModelConfig(**{**sizes, **changes})
-    params = init_params(jax.random.key(0), config)
-    scale = lambda path, w: w * (1 if path[-1].key == "scale" else 4)  # noqa: E731
-    params = jax.tree_util.tree_map_with_path(scale, params)
+    rng = np.random.default_rng(0)
+
+    def leaf(path, w):
+        normal = rng.standard_normal(w.shape).astype(np.float32)
+        return {"scale": 1 + 0.2 * normal, "bias": 0.2 * normal}.get(path[-1].key, 4 * w)
+
+    params = jax.tree_util.tree_map_with_path(leaf, init_params(jax.random.key(0), config))
     return config, params, Calibrator(CausalLM(config), [TOKENS])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -28,7 +29,8 @@ def read_text(path: str | os.PathLike[str], form: str = "auto") -> str:
     if form == "auto":
         form = "jsonl" if path.suffix == ".jsonl" else "plain"
     if form == "wikitext":
-        text = "\n\n".join(line if line.strip() else "" for line in text.splitlines(keepends=True))
+        lines = io.StringIO(text, newline=None)  # as a file gives them: no line ends at U+2028
+        text = "\n\n".join(line if line.strip() else "" for line in lines)
     elif form == "jsonl":
         text = "\n\n".join(row_text(path, *row) for row in json_rows(path, text))
     if not text.strip():

@@ -7,12 +7,20 @@ from qserve_jax.evaluation.text import full_windows, read_text
 
 
 def test_wikitext_is_joined_as_the_rows_of_the_data_set(tmp_path):
-    lines = [" \n", " = Title = \n", " \n", " First paragraph .\n", "  Second .\n"]
+    lines = [
+        " \n",
+        " = Title = \n",
+        " \n",
+        " First paragraph .\n",
+        "  Second\u2028and\x85no third .\n",
+    ]
     rows = [line if line.strip() else "" for line in lines]  # as the data set has them
-    (tmp_path / "wiki.test.raw").write_text("".join(lines))
+    (tmp_path / "wiki.test.raw").write_text("".join(lines), encoding="utf-8")
     text = read_text(tmp_path / "wiki.test.raw", "wikitext")
     assert text == "\n\n".join(rows)
-    assert text == "\n\n = Title = \n\n\n\n\n First paragraph .\n\n\n  Second .\n"
+    assert (
+        text == "\n\n = Title = \n\n\n\n\n First paragraph .\n\n\n  Second\u2028and\x85no third .\n"
+    )
 
 
 def test_plain_and_jsonl(tmp_path):

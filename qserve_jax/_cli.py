@@ -357,7 +357,8 @@ def leave_matmuls_to_cublas() -> None:
     a word about it.
 
     Calibration has many large float32 products, which are cuBLAS's in the end; on an H200 the
-    search alone took a minute, where everything is compiled in 15 seconds without.
+    first layer of an 8B model was not done after 79 s with the search
+    (docs/results/h200_quantize_8b.json), and all 32 take 281 s without.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_enable_triton_gemm" not in flags:

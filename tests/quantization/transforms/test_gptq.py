@@ -104,7 +104,8 @@ def test_a_hessian_without_a_factor_leaves_round_to_nearest(rng, broken):
     hessian = np.ones((128, 128), np.float32) - 0.5 * np.eye(128, dtype=np.float32)
     if broken != "indefinite":
         hessian[5, 7] = hessian[7, 5] = float(broken)
-    params, stats = {"a": {"kernel": jnp.asarray(w.T)}}, ActivationStats({}, {"a": hessian})
+    params = {"a": {"kernel": jnp.asarray(w.T)}}
+    stats = ActivationStats({}, {"a": jnp.asarray(hessian)})
     for config in (QuantConfig(), QuantConfig(group_size=-1)):
         got = quantize_with_statistics(params, config, stats)
         jax.tree.map(np.testing.assert_array_equal, got, quantize_params(params, config))

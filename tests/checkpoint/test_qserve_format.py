@@ -136,6 +136,17 @@ def test_all_variants_with_groups_come_in_exactly(publish, checkpoint, order, ei
     assert_imported(loaded, checkpoint, order, W4PerGroup)
 
 
+@pytest.mark.parametrize("eight_bit_zero", [False, True])
+def test_both_orders_come_in_as_the_same_weights(publish, checkpoint, eight_bit_zero):
+    floats, trees, stored = dict(checkpoint.tensors), [], []
+    for order in qserve_format.S2_ORDERS:
+        checkpoint.tensors = dict(floats)
+        trees.append(load_model(publish(128, order, eight_bit_zero)).params)
+        stored.append(checkpoint.tensors["model.layers.1.mlp.up_proj.s2_scales"])
+    assert not np.array_equal(*stored)
+    jax.tree.map(np.testing.assert_array_equal, *trees)
+
+
 def test_per_channel_comes_in_exactly(publish, checkpoint):
     loaded = load_model(publish(-1), dtype="float32")
     assert loaded.quant_config == QuantConfig(group_size=-1)

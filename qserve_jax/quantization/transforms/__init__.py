@@ -1,6 +1,9 @@
 """The transforms of QoQ, one file each: pure functions of the canonical tree and statistics.
 
 Each can be used alone, under jit. `quantize_with_recipe` composes them.
+
+Shapes are those of docs/architecture.md: layers stacked on a leading axis L, kernels [L, K, N]. All
+that read `ActivationStats` raise ValueError where a statistic is missing or is another model's.
 """
 
 from qserve_jax.quantization.transforms.calibration import (

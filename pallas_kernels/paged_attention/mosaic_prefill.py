@@ -1,4 +1,4 @@
-"""Attention of many new tokens to the pages before them and to each other, from sm_80 on.
+"""Many new tokens attend to the pages before them and to each other, from sm_80 on.
 
 For chunks of a prompt, whose earlier tokens are in the cache, quantised. A block takes 128 query
 rows of a KV head (its G query heads, token by token), 16 a warp, and goes over the keys that some
@@ -7,38 +7,48 @@ of them see, 64 at a time (FlashAttention 2):
     store      the tile, fetched during the last step, dequantised to shared memory (prefill_tile)
     fetch      the words of the next tile
     scores     q @ k by mma.sync; of a quantised page sk * (q @ code) + ck * sum(q)
-    softmax    online, in powers of two, in float32
+    softmax    online, in powers of two, in float32 (prefill_rows)
     values     acc += weights @ v
 
 First the pages, then, where new tokens are attended unquantised, the new ones. The tensor core
 multiplies float16: codes and bf16 numbers are exact in it, up to its range of 65504 (also of a
 cache's scales), weights and dequantised values are rounded to it. Nothing is ever dequantised but
 the tile at hand. Its arithmetic is tested thread by thread in numpy.
+
+Hopper has its own kernel with wgmma, sm90_prefill.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from qserve_jax.pallas_kernels import intrinsics as ptx
-from qserve_jax.pallas_kernels.intrinsics import F32, I32, Address
-from qserve_jax.pallas_kernels.paged_attention import cudnn_prefill, prefill_tile
+from qserve_jax.pallas_kernels.intrinsics import F32, I32
+from qserve_jax.pallas_kernels.paged_attention import (
+    cudnn_prefill,
+    prefill_rows,
+    prefill_tile,
+    sm90_prefill,
+)
 from qserve_jax.pallas_kernels.paged_attention.prefill_problem import (
-    MINUS_FAR,
-    ROWS,
     TILE,
     WARPS,
     Problem,
     problem,
 )
-from qserve_jax.pallas_kernels.paged_attention.prefill_tile import NewTokens, Pages, Source
+from qserve_jax.pallas_kernels.paged_attention.prefill_rows import Block, State
+from qserve_jax.pallas_kernels.paged_attention.prefill_tile import Source
 from qserve_jax.quantization.qtensor import Array, KVCache
+
+WGMMA = False
+"""Whether `mosaic_sm90` is sm90_prefill's. Not before that has run on a GPU."""
+THREADS = 32 * WARPS
 
 
 def attention(
@@ -68,215 +78,105 @@ def attention(
         operands.append(jnp.asarray(options["layer"], jnp.int32).reshape(1))
     if p.width == 0:  # an operand without elements is none
         operands[2] = jnp.full((p.rows, 1), -1, jnp.int32)
+    if backend == "mosaic_sm90" and WGMMA:
+        return sm90_prefill.launch(p, operands)
+    return _launch(p, operands, arch=(8, 0) if backend == "mosaic_mma" else None)
+
+
+def _launch(p: Problem, operands: Sequence[Array], arch: tuple[int, int] | None) -> Array:
     return ptx.launch(
         functools.partial(_body, p),
         operands,
-        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        jax.ShapeDtypeStruct(operands[0].shape, operands[0].dtype),
         name=f"prefill_attention_kv{p.bits}",
-        blocks=p.rows * p.kv_heads * p.tiles,
+        blocks=p.blocks,
         warpgroups=WARPS // 4,
         shared_bytes=p.shared_bytes,
-        arch=(8, 0) if backend == "mosaic_mma" else None,
+        arch=arch,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Block:
-    """What a block works on, and where a lane stands: rows g and g + 8 of its warp's 16 query
-    rows, columns 2 c and 2 c + 1 of every 8 keys or dimensions. first, last: its tokens."""
-
-    batch: I32
-    kv_head: I32
-    start: I32
-    query_len: I32
-    context: I32
-    first: I32
-    last: I32
-    rows: list[I32]
-    c: I32
-    lane: I32
-    shared: I32
-
-
-def _block(p: Problem, lens: Address, shared: Any) -> _Block:
-    """The last rows of all come first: they see most."""
-    block, lane = ptx.block_index(), ptx.thread_index() & 31
-    kv_head, rest = block % p.kv_heads, block // p.kv_heads
-    batch, tile = rest % p.rows, (p.tiles - 1) - rest // p.rows
-    context, query_len = ptx.load_global(lens.advance(batch, 8), count=2)
-    row = tile * ROWS + ptx.warp_index() * 16 + (lane >> 2)
-    first = tile * ROWS // p.group
-    last = ptx.minimum(((tile + 1) * ROWS - 1) // p.group, query_len - 1)
-    start = context - query_len
-    return _Block(
-        *(batch, kv_head, start, query_len, context, first, last),
-        *([row, row + 8], lane & 3, lane, ptx.shared_address(shared)),
-    )
-
-
-@dataclasses.dataclass
-class _State:
-    """Of the lane's two rows: the largest score, the sum of weights, and of weighted values."""
-
-    top: list[F32]
-    total: list[F32]
-    acc: list[F32]
-
-    def registers(self) -> list[F32]:
-        return [*self.top, *self.total, *self.acc]
-
-    @staticmethod
-    def of(registers: list[F32]) -> _State:
-        return _State(registers[:2], registers[2:4], registers[4:])
 
 
 def _body(p: Problem, q: Any, lens: Any, table: Any, pages: Any, *refs: Any) -> None:
     """The kernel. refs: new K and V where they are attended, the layer, output, shared memory."""
     *more, out, shared = refs
-    b = _block(p, ptx.global_address(lens), shared)
-    query = _load_query(p, b, ptx.global_address(q))
-    sums = _row_sums(query)
-    top, zero = ptx.constant_float(MINUS_FAR), ptx.constant_float(0)
-    state = _State([top] * 2, [zero] * 2, [zero] * (p.head_dim // 2))
-    if p.width:
-        layer = ptx.global_address(more[-1]) if p.layers is not None else None
-        source, count = _pages(p, b, ptx.global_address(table), ptx.global_address(pages), layer)
-        state = _attend(p, b, source, count, query, sums, state)
-    if p.full:
-        source, count = _new_tokens(p, b, *map(ptx.global_address, more[:2]))
-        state = _attend(p, b, source, count, query, sums, state)
-    _store_output(p, b, ptx.global_address(out), state)
-
-
-def _pages(p: Problem, b: _Block, table: Address, pages: Address, layer: Address | None):
-    """The pages that some row sees, and how many."""
-    end = b.start if p.full else ptx.minimum(b.context, b.start + b.last + 1)
-    end = ptx.minimum(end, p.width * TILE)
-    first = _first_tile(p, b.start + b.first)
-    index = ptx.constant(0)
-    if layer is not None:
-        assert p.layers is not None
-        number = ptx.load_global(layer)[0]
-        number = ptx.select(number < 0, number + p.layers, number)
-        index = ptx.minimum(ptx.maximum(number, 0), p.layers - 1) * p.num_pages
-    pages = pages.advance(b.kv_head, p.block_bytes)
-    source = Pages(p, table.advance(b.batch, 4 * p.width), pages, first, index)
-    return source, _count(b, first, end)
-
-
-def _new_tokens(p: Problem, b: _Block, k: Address, v: Address):
-    """The tiles of new tokens that some row sees, and how many."""
-    first = _first_tile(p, b.first)
-    row = b.batch * (p.tokens * p.kv_heads) + b.kv_head
-    return NewTokens(p, k, v, first, row), _count(b, first, b.last + 1)
-
-
-def _first_tile(p: Problem, position: I32) -> I32:
-    """Of what the row at this position sees."""
-    if p.window is None:
-        return ptx.constant(0)
-    return ptx.maximum(position - (p.window - 1), 0) // TILE
-
-
-def _count(b: _Block, first: I32, end: I32) -> I32:
-    """Tiles from `first` to the position `end`; none where the block has no token."""
-    tiles = (ptx.maximum(end, 0) + (TILE - 1)) // TILE - first
-    return ptx.select(b.first < b.query_len, ptx.maximum(tiles, 0), 0)
+    b = prefill_rows.block(p, ptx.block_index(), ptx.global_address(lens))
+    query = prefill_rows.load_query(p, b, ptx.global_address(q))
+    sums, state = prefill_rows.row_sums(query), State.start(p)
+    for source in prefill_tile.sources(p, table, pages, more).of(b):
+        state = _attend(p, b, source, ptx.shared_address(shared), query, sums, state)
+    prefill_rows.store_output(p, b, ptx.global_address(out), state)
 
 
 def _attend(
-    p: Problem, b: _Block, source: Source, count: I32, query: Any, sums: list[F32], state: _State
-) -> _State:
+    p: Problem, b: Block, source: Source, shared: I32, query: Any, sums: list[F32], state: State
+) -> State:
     """Over all tiles of a source."""
     page = source.page(ptx.constant(0))
-    fetched = prefill_tile.fetch(source, page)
+    fetched = _fetch(source, page)
 
     def step(i: I32, carry: list[Any]) -> list[Any]:
         page, words = carry[0], carry[1 : 1 + len(fetched)]
-        found = _State.of(carry[1 + len(fetched) :])
-        begin = (source.first + i) * TILE
-        ptx.sync_block(32 * WARPS)  # the last tile has been read
-        count = _valid(p, b, source, begin) * source.exists(page)
-        prefill_tile.store(p, source, b.shared, words, count)
+        found = State.of(carry[1 + len(fetched) :])
+        begin = source.begin(i)
+        ptx.sync_block(THREADS)  # the last tile has been read
+        count = (source.end - begin) * source.exists(page)
+        _store(p, source, shared, words, count)
         following = source.page(i + 1)
-        words = prefill_tile.fetch(source, following)
-        ptx.sync_block(32 * WARPS)
-        seen = _seen(p, b, source, begin, count)
-        scores = _scores(p, b, source, query, sums, seen)
-        found, weights = _weigh(found, scores)
-        found.acc = _add_values(p, b, found.acc, weights)
+        words = _fetch(source, following)
+        ptx.sync_block(THREADS)
+        scores = _scores(p, b, source, shared, query, sums)
+        bounds = [prefill_rows.seen(p, b, row, begin, count) for row in b.rows]
+        found, weights = prefill_rows.weigh(found, prefill_rows.masked(b, scores, bounds))
+        found.acc = _add_values(p, b, shared, found.acc, prefill_rows.weight_words(weights))
         return [following, *words, *found.registers()]
 
-    last: list[Any] = ptx.loop(count, [page, *fetched, *state.registers()], step)
-    return _State.of(last[1 + len(fetched) :])
+    last: list[Any] = ptx.loop(source.count, [page, *fetched, *state.registers()], step)
+    return State.of(last[1 + len(fetched) :])
 
 
-def _valid(p: Problem, b: _Block, source: Source, begin: I32) -> I32:
-    """How many tokens of a tile are there."""
-    if isinstance(source, NewTokens):
-        return b.query_len - begin
-    return (b.start if p.full else b.context) - begin
+# A tile: K, V in rows of p.stride bytes, then of K (scale, centre) in float32
 
 
-def _seen(p: Problem, b: _Block, source: Source, begin: I32, count: I32) -> list[tuple[I32, I32]]:
-    """Of the lane's two rows, the first key of a tile that it sees, and the one after the last."""
-    base = ptx.constant(0) if isinstance(source, NewTokens) else b.start
-    seen = []
-    for row in b.rows:
-        own = base + row // p.group - begin  # the row's own token, counted from the tile's first
-        end = ptx.minimum(count, own + 1)
-        low = ptx.constant(0) if p.window is None else own - (p.window - 1)
-        if isinstance(source, NewTokens):
-            low = ptx.maximum(low, 0 - (b.start + begin))  # there is nothing before position 0
-        seen.append((low, end))
-    return seen
+def _items(source: Source) -> list[tuple[I32, I32]]:
+    """(token, chunk of 16 bytes) that this thread takes; those beyond a small tile take its last
+    item again, and store the same."""
+    passes = max(1, TILE * source.chunks // THREADS)
+    items = [ptx.thread_index() + i * THREADS for i in range(passes)]
+    items = [ptx.minimum(item, TILE * source.chunks - 1) for item in items]
+    return [(item // source.chunks, item % source.chunks) for item in items]
 
 
-# Fragments: PTX ISA, m16n8k16. Of lane l, g = l // 4 and c = l % 4.
+def _fetch(source: Source, page: I32) -> list[I32]:
+    """The words of this thread, of all its items."""
+    return [word for item in _items(source) for word in source.fetch(page, *item)]
 
 
-def _load_query(p: Problem, b: _Block, q: Address) -> list[list[I32]]:
-    """For each 16 dimensions the operand A: rows g, g + 8, dimensions 2 c.. and 2 c + 8.., f16."""
-    rows = []
-    for row in b.rows:
-        token = ptx.minimum(row // p.group, p.tokens - 1)
-        head = b.kv_head * p.group + row % p.group
-        address = q.advance((b.batch * p.tokens + token) * p.heads + head, 2 * p.head_dim)
-        rows.append(address.advance(b.c, 4))
-
-    def load(row: int, dim: int) -> I32:
-        words = ptx.load_global(rows[row].advance(dim, 2))
-        return ptx.words_of(ptx.floats_of(words, p.dtype), "float16")[0]
-
-    return [
-        [load(0, dim), load(1, dim), load(0, dim + 8), load(1, dim + 8)]
-        for dim in range(0, p.head_dim, 16)
-    ]
+def _store(p: Problem, source: Source, shared: I32, words: Sequence[I32], count: I32) -> None:
+    """What was fetched; `count` tokens of the tile are there."""
+    items = _items(source)
+    each = len(words) // len(items)
+    for i, (token, chunk) in enumerate(items):
+        mine = words[i * each : (i + 1) * each]
+        k, v = prefill_tile.halves(source, mine, token < count)
+        if source.bits < 16:
+            pair = [ptx.float_bits(x) for x in ptx.unpack_halves(mine[8], "float16")]
+            with ptx.when(chunk.is_(0)):
+                ptx.store_shared_words(shared + token * 8, pair, p.scales_at)
+        at = shared + token * p.stride + chunk * (4 * len(k))
+        for offset, side in ((0, k), (p.values_at, v)):
+            for j in range(0, len(side), 4):
+                ptx.store_shared_words(at, side[j : j + 4], offset + 4 * j)
 
 
-def _row_sums(query: list[list[I32]]) -> list[F32]:
-    """Sums of q over its dimensions, of rows g and g + 8."""
-    sums = []
-    for row in range(2):
-        words = [word for fragment in query for word in fragment[row::2]]
-        values = [x for word in words for x in ptx.unpack_halves(word, "float16")]
-        sums.append(_over_columns(F32.__add__, functools.reduce(F32.__add__, values)))
-    return sums
-
-
-def _over_columns(combine: Any, value: F32) -> F32:
-    """Over the four lanes that share a row."""
-    for lanes in (1, 2):
-        value = combine(value, ptx.exchange(value, lanes))
-    return value
+# Products of a warp. Fragments: PTX ISA, m16n8k16.
 
 
 def _scores(
-    p: Problem, b: _Block, source: Source, query: Any, sums: list[F32], seen: list[tuple[I32, I32]]
+    p: Problem, b: Block, source: Source, shared: I32, query: Any, sums: list[F32]
 ) -> list[list[F32]]:
-    """For each 8 keys: rows g (two keys) and g + 8, in powers of two; -inf where not seen."""
+    """For each 8 keys: rows g (two keys) and g + 8, in powers of two."""
     factor, zero = ptx.constant_float(p.score_factor), ptx.constant_float(0)
-    matrix = b.shared + (b.lane & 7) * p.stride + (b.lane >> 3) * 16
+    matrix = shared + (b.lane & 7) * p.stride + (b.lane >> 3) * 16
     scores = []
     for key in range(0, TILE, 8):
         acc = [zero] * 4
@@ -285,51 +185,22 @@ def _scores(
             acc = ptx.mma_halves(acc, query[dim // 16], words[:2], "float16")
             acc = ptx.mma_halves(acc, query[dim // 16 + 1], words[2:], "float16")
         if source.bits < 16:
-            at = b.shared + b.c * 16
-            scales = ptx.load_shared(at, p.scales_at + 8 * key, count=4, kind=F32)
+            scales = ptx.load_shared(shared + b.c * 16, p.scales_at + 8 * key, count=4, kind=F32)
             acc = [
                 ptx.multiply_add(scales[2 * (i % 2)], x, scales[2 * (i % 2) + 1] * sums[i // 2])
                 for i, x in enumerate(acc)
             ]
-        scores.append(
-            [
-                _masked(x * factor, seen[i // 2], b.c * 2 + (key + i % 2), p)
-                for i, x in enumerate(acc)
-            ]
-        )
+        scores.append([x * factor for x in acc])
     return scores
 
 
-def _masked(score: F32, seen: tuple[I32, I32], key: I32, p: Problem) -> F32:
-    low, end = seen
-    is_seen = (key < end) & ~(key < low)
-    return ptx.select_float(is_seen, score, ptx.constant_float(float("-inf")))
-
-
-def _weigh(state: _State, scores: list[list[F32]]) -> tuple[_State, list[list[F32]]]:
-    """Weights relative to the new maximum, and the state rescaled to it."""
-    top, shrink = [], []
-    for row in range(2):
-        found = [x for four in scores for x in four[2 * row : 2 * row + 2]]
-        best = _over_columns(ptx.float_maximum, functools.reduce(ptx.float_maximum, found))
-        top.append(ptx.float_maximum(state.top[row], best))
-        shrink.append(ptx.exp2(state.top[row] - top[row]))
-    weights = [[ptx.exp2(x - top[i // 2]) for i, x in enumerate(four)] for four in scores]
-    total = []
-    for row in range(2):
-        parts = [x for four in weights for x in four[2 * row : 2 * row + 2]]
-        total.append(functools.reduce(F32.__add__, parts, state.total[row] * shrink[row]))
-    acc = [x * shrink[i // 2 % 2] for i, x in enumerate(state.acc)]
-    return _State(top, total, acc), weights
-
-
-def _add_values(p: Problem, b: _Block, acc: list[F32], weights: list[list[F32]]) -> list[F32]:
+def _add_values(
+    p: Problem, b: Block, shared: I32, acc: list[F32], weights: list[list[I32]]
+) -> list[F32]:
     """acc [16 rows, H] + weights @ v."""
     acc = list(acc)
-    matrix = b.shared + (b.lane & 15) * p.stride + (b.lane >> 4) * 16
-    for key in range(0, TILE, 16):
-        near, far = weights[key // 8], weights[key // 8 + 1]
-        a = ptx.words_of([*near, *far], "float16")
+    matrix = shared + (b.lane & 15) * p.stride + (b.lane >> 4) * 16
+    for key, a in zip(range(0, TILE, 16), weights, strict=True):
         for dim in range(0, p.head_dim, 16):
             offset = p.values_at + key * p.stride + 2 * dim
             words = ptx.load_matrix(matrix, offset, transposed=True)
@@ -338,18 +209,3 @@ def _add_values(p: Problem, b: _Block, acc: list[F32], weights: list[list[F32]])
                 part = words[2 * half : 2 * half + 2]
                 acc[where] = ptx.mma_halves(acc[where], a, part, "float16")
     return acc
-
-
-def _store_output(p: Problem, b: _Block, out: Address, state: _State) -> None:
-    """Weighted means; zeros where a row has seen nothing."""
-    for row in range(2):
-        total = _over_columns(F32.__add__, state.total[row])
-        zero, one = ptx.constant_float(0), ptx.constant_float(1)
-        inverse = ptx.select_float(total > zero, one / total, zero)
-        token, head = b.rows[row] // p.group, b.kv_head * p.group + b.rows[row] % p.group
-        with ptx.when(token < p.tokens):
-            address = out.advance((b.batch * p.tokens + token) * p.heads + head, 2 * p.head_dim)
-            address = address.advance(b.c, 4)
-            for i in range(p.head_dim // 8):
-                pair = [x * inverse for x in state.acc[4 * i + 2 * row :][:2]]
-                ptx.store_words(address.advance(i, 16), ptx.words_of(pair, p.dtype))

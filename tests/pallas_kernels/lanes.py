@@ -281,6 +281,9 @@ class Machine:
         picked = [octets[:, selector >> 4 * i & 15] for i in range(4)]
         return I32(np.ascontiguousarray(np.stack(picked, -1)).view(np.uint32).reshape(-1))
 
+    def masked_or(self, word, mask, bits):
+        return word & mask | bits
+
     def add_halves(self, a, b):
         with np.errstate(all="ignore"):
             return _word(_halves(a) + _halves(b))

@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 
 from qserve_jax.pallas_kernels import backend, paged_attention
-from qserve_jax.pallas_kernels.paged_attention import cudnn_prefill, mosaic_prefill, prefill_tile
+from qserve_jax.pallas_kernels.paged_attention import (
+    cudnn_prefill,
+    mosaic_prefill,
+    prefill_rows,
+    prefill_tile,
+)
 from qserve_jax.pallas_kernels.paged_attention.prefill_problem import WARPS, problem
 from qserve_jax.quantization.qtensor import KVCache, kv_bytes_per_token
 from tests.pallas_kernels import lanes
@@ -122,9 +127,10 @@ def emulate(case, attends="full", window=None):
     for block in range(p.rows * p.kv_heads * p.tiles):
         machine = lanes.Machine([block], 32 * WARPS, p.shared_bytes)
         with pytest.MonkeyPatch.context() as patch:
-            for module in (mosaic_prefill, prefill_tile):
+            for module in (mosaic_prefill, prefill_rows, prefill_tile):
                 patch.setattr(module, "ptx", machine.namespace())
-            patch.setattr(mosaic_prefill, "F32", lanes.F32)
+            for module in (mosaic_prefill, prefill_rows):
+                patch.setattr(module, "F32", lanes.F32)
             mosaic_prefill._body(p, *memories, out, machine.shared)
     assert out.filled.all()
     return out.array()
@@ -208,7 +214,8 @@ def test_the_emulation_notices(rng, monkeypatch):
         with pytest.raises(AssertionError, match="without meeting"):
             emulate(made)
     with monkeypatch.context() as patch:  # one key too many
-        patch.setattr(mosaic_prefill, "_valid", lambda *a, f=mosaic_prefill._valid: f(*a) + 1)
+        right = prefill_rows.seen
+        patch.setattr(prefill_rows, "seen", lambda *a: (right(*a)[0], right(*a)[1] + 1))
         assert not worst_error(emulate(made), expected, made.query_lens) < 1e-2
 
 

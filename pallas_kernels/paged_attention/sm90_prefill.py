@@ -1,0 +1,237 @@
+"""Many new tokens attend to the pages before them and to each other, on Hopper: wgmma.
+
+What mosaic_prefill computes, in the shape of FlashAttention 3. Two warpgroups have 64 query rows
+each and multiply; the third makes tiles of 64 keys for both (sm90_prefill_ring), several ahead:
+
+    produce    wait empty -> K, V dequantised to float16 in a slot of the ring -> fetch the next
+    scores     q @ k: q in registers, K in shared memory as it lies, a token a row
+    values     acc += weights @ v: weights in registers, V as it lies, which is B transposed
+    softmax    online, in powers of two, in float32 (prefill_rows)
+
+A step multiplies the scores of a tile and the values of the one before together, so that the tensor
+core has long work from one warpgroup while the other is at its softmax. Scores are scaled and
+masked where they leave the tensor core: sk * (q @ code) + ck * sum(q); masks only on tiles that
+some row of the warp does not see whole.
+
+Blocks stay: one on each SM takes blocks of rows one after another, forth and back through all of
+them, which are sorted by what they see. The ring goes on from one to the next, so that keys are
+made while a block begins and ends. A block that sees no key has one tile, of which it sees nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qserve_jax.pallas_kernels import intrinsics as ptx
+from qserve_jax.pallas_kernels.intrinsics import F32, I32, Address
+from qserve_jax.pallas_kernels.paged_attention import prefill_rows, prefill_tile
+from qserve_jax.pallas_kernels.paged_attention.prefill_problem import TILE, WARPS, Problem
+from qserve_jax.pallas_kernels.paged_attention.prefill_rows import Block, State
+from qserve_jax.pallas_kernels.paged_attention.sm90_prefill_ring import Ring, fill, shared_bytes
+from qserve_jax.quantization.qtensor import Array
+
+SMS = 132
+THREADS = 32 * (WARPS + 4)
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 104, 200
+"""Of a thread: together what 384 threads may begin with, 3 x 168."""
+
+
+def launch(p: Problem, operands: Sequence[Array]) -> Array:
+    """operands: q [B, T, N, H], lens i32[B, 2] (context, new), block table, pages, then new K and V
+    where they are attended, and the layer where the pages have several -> like q."""
+    q = operands[0]
+    if not (p.width or p.full):
+        return jnp.zeros_like(q)
+    return ptx.launch(
+        functools.partial(_body, p),
+        operands,
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        name=f"prefill_attention_kv{p.bits}_wgmma",
+        blocks=min(SMS, p.blocks),
+        warpgroups=THREADS // 128,
+        shared_bytes=shared_bytes(p) + 1024,
+        barriers=Ring.BARRIERS,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Operands:
+    q: Address
+    lens: Address
+    tiles: prefill_tile.Sources
+    out: Address
+
+
+def _body(p: Problem, q: Any, lens: Any, table: Any, pages: Any, *refs: Any) -> None:
+    """The kernel. refs: new K and V where they are attended, the layer, output, shared memory,
+    barriers."""
+    *more, out, shared, barriers = refs
+    operands = _Operands(
+        *map(ptx.global_address, (q, lens)),
+        prefill_tile.sources(p, table, pages, more),
+        ptx.global_address(out),
+    )
+    base = (ptx.shared_address(shared) + 1023) & 0xFFFFFC00
+    ring = Ring(p, base, ptx.shared_address(barriers))
+    with ptx.when(ptx.thread_index().is_(0)):
+        ring.start(consumers=WARPS)
+    ptx.sync_block(THREADS)
+    ptx.branch(
+        ptx.warp_index() < WARPS,
+        lambda: _consume(p, operands, ring),
+        lambda: _produce(p, operands, ring),
+    )
+
+
+def _each_block(p: Problem, operands: _Operands, body: Any) -> None:
+    """body(block, tiles so far) -> tiles so far, for all blocks of rows that this one takes."""
+    blocks = min(SMS, p.blocks)
+    rounds, rest = divmod(p.blocks, blocks)
+    ahead = ptx.block_index()
+    back = (blocks - 1) - ahead
+
+    def one(i: I32, carry: list[I32]) -> list[I32]:
+        index = i * blocks + ptx.select((i & 1).is_(0), ahead, back)
+        return [body(prefill_rows.block(p, index, operands.lens), *carry)]
+
+    last = back if rounds % 2 else ahead
+    ptx.loop(ptx.select(last < rest, rounds + 1, rounds), [ptx.constant(0)], one)
+
+
+def _sources(operands: _Operands, b: Block) -> list[prefill_tile.Source]:
+    """With one tile at least."""
+    *most, last = operands.tiles.of(b)
+    return [*most, dataclasses.replace(last, count=ptx.maximum(last.count, 1))]
+
+
+def _produce(p: Problem, operands: _Operands, ring: Ring) -> None:
+    ptx.set_max_registers(PRODUCER_REGISTERS, increase=False)
+
+    def one(b: Block, n: I32) -> I32:
+        for source in _sources(operands, b):
+            n = fill(p, ring, source, n)
+        return n
+
+    _each_block(p, operands, one)
+
+
+# Consumers
+
+
+def _consume(p: Problem, operands: _Operands, ring: Ring) -> None:
+    ptx.set_max_registers(CONSUMER_REGISTERS, increase=True)
+
+    def one(b: Block, n: I32) -> I32:
+        tiles = functools.reduce(I32.__add__, (x.count for x in _sources(operands, b)))
+        query = prefill_rows.load_query(p, b, operands.q)
+        state = _attend(p, b, ring, n, tiles, query)
+        prefill_rows.store_output(p, b, operands.out, state)
+        return n + tiles
+
+    _each_block(p, operands, one)
+
+
+def _attend(p: Problem, b: Block, ring: Ring, n: I32, tiles: I32, query: list[list[I32]]) -> State:
+    """Over all tiles, from the n-th of the ring on."""
+    sums = prefill_rows.row_sums(query)
+    ring.wait_full(n)
+    held = ptx.wgmma_fence([word for a in query for word in a])
+    query = [held[i : i + 4] for i in range(0, len(held), 4)]
+    scores = _start_scores(ring.keys(n), query)
+    ptx.wgmma_commit()
+    scores = ptx.wgmma_wait(scores, held)
+    state, weights = _softmax(p, b, ring, n, sums, State.start(p), scores)
+
+    def step(i: I32, carry: list[Any]) -> list[Any]:
+        weights, state, m = carry[: TILE // 4], State.of(carry[TILE // 4 :]), n + i
+        ring.wait_full(m + 1)
+        weights, state.acc = ptx.wgmma_fence(weights), ptx.wgmma_fence(state.acc)
+        scores = _start_scores(ring.keys(m + 1), query)
+        acc = _start_values(p, ring.values(m), weights, state.acc)
+        ptx.wgmma_commit()
+        found = ptx.wgmma_wait([*scores, *acc], [*weights, *held])
+        ring.release(m, b.lane)
+        scores, state.acc = found[: TILE // 2], found[TILE // 2 :]
+        state, weights = _softmax(p, b, ring, m + 1, sums, state, scores)
+        return [*weights, *state.registers()]
+
+    last: list[Any] = ptx.loop(tiles - 1, [*weights, *state.registers()], step)
+    weights, state = ptx.wgmma_fence(last[: TILE // 4]), State.of(last[TILE // 4 :])
+    m = n + tiles - 1
+    acc = _start_values(p, ring.values(m), weights, ptx.wgmma_fence(state.acc))
+    ptx.wgmma_commit()
+    state.acc = ptx.wgmma_wait(acc, weights)
+    ring.release(m, b.lane)
+    return state
+
+
+def _start_scores(keys: I32, query: list[list[I32]]) -> list[F32]:
+    """q @ k [64 rows, 64 keys]; 64 dimensions of K lie together."""
+    acc: list[F32] | int = TILE
+    for i, a in enumerate(query):
+        part = ptx.wgmma_descriptor(keys) + (i // 4 * Ring.PART + i % 4 * 32) // 16
+        acc = ptx.wgmma_halves(acc, a, part)
+    assert not isinstance(acc, int)
+    return acc
+
+
+def _start_values(p: Problem, values: I32, weights: list[I32], acc: list[F32]) -> list[F32]:
+    """acc [64 rows, H] + weights @ v; 64 dimensions of V lie together."""
+    first = ptx.wgmma_descriptor(values, columns_apart=Ring.PART)
+    for i in range(TILE // 16):
+        a = weights[4 * i : 4 * i + 4]
+        acc = ptx.wgmma_halves(acc, a, first + i * 16 * 128 // 16, transposed=True)
+    return acc
+
+
+def _softmax(
+    p: Problem, b: Block, ring: Ring, n: I32, sums: list[F32], state: State, scores: list[F32]
+) -> tuple[State, list[I32]]:
+    """Of the n-th tile's scores: the state, and the weights as operands A."""
+    fours = [scores[i : i + 4] for i in range(0, len(scores), 4)]
+    fours = _scaled(p, b, ring, n, sums, fours)
+    fours = _masked(p, b, ring, n, fours)
+    state, weights = prefill_rows.weigh(state, fours)
+    return state, [word for a in prefill_rows.weight_words(weights) for word in a]
+
+
+def _scaled(
+    p: Problem, b: Block, ring: Ring, n: I32, sums: list[F32], scores: list[list[F32]]
+) -> list[list[F32]]:
+    """In powers of two."""
+    if p.bits == 16:
+        factor = ptx.constant_float(p.score_factor)
+        return [[x * factor for x in four] for four in scores]
+    at = ring.scales(n) + b.c * 16
+
+    def scaled(j: int, four: list[F32]) -> list[F32]:
+        pairs = ptx.load_shared(at, 64 * j, count=4, kind=F32)
+        return [
+            ptx.multiply_add(pairs[2 * (i % 2)], x, pairs[2 * (i % 2) + 1] * sums[i // 2])
+            for i, x in enumerate(four)
+        ]
+
+    return [scaled(j, four) for j, four in enumerate(scores)]
+
+
+def _masked(
+    p: Problem, b: Block, ring: Ring, n: I32, scores: list[list[F32]]
+) -> list[list[F32]]:
+    """-inf for what is not seen, where there is such a key for some row of the warp."""
+    begin, count = ring.extent(n)
+    _, end = prefill_rows.seen(p, b, b.corners[0], begin, count)
+    low, _ = prefill_rows.seen(p, b, b.corners[1], begin, count)
+
+    def masked() -> list[F32]:
+        bounds = [prefill_rows.seen(p, b, row, begin, count) for row in b.rows]
+        return [x for four in prefill_rows.masked(b, scores, bounds) for x in four]
+
+    is_whole = ~(end < TILE) & ~(low > 0)
+    flat = ptx.branch_values(~is_whole, [x for four in scores for x in four], masked)
+    return [flat[i : i + 4] for i in range(0, len(flat), 4)]

@@ -17,6 +17,8 @@ ROWS = 16 * WARPS
 """Query rows of a block, 16 a warp: the query heads of a KV head, token by token."""
 MINUS_FAR = -1e30
 """A row's maximum before it has seen a key."""
+LAZY = 8
+"""How far a score may rise above its row's maximum before that follows, in powers of two."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 from qserve_jax.pallas_kernels import intrinsics as ptx
 from qserve_jax.pallas_kernels.intrinsics import F32, I32, Address
 from qserve_jax.pallas_kernels.paged_attention.prefill_problem import (
+    LAZY,
     MINUS_FAR,
     ROWS,
     TILE,
@@ -138,31 +139,56 @@ def masked(
 ) -> list[list[F32]]:
     """-inf for what the lane's two rows do not see."""
     far = ptx.constant_float(float("-inf"))
+    own = [(low - b.c * 2, end - b.c * 2) for low, end in bounds]  # counted from the lane's first
 
-    def one(score: F32, key: I32, low: I32, end: I32) -> F32:
-        return ptx.select_float((key < end) & ~(key < low), score, far)
+    def one(score: F32, key: int, low: I32, end: I32) -> F32:
+        return ptx.select_float((end > key) & ~(low > key), score, far)
 
     return [
-        [one(x, b.c * 2 + (8 * j + i % 2), *bounds[i // 2]) for i, x in enumerate(four)]
+        [one(x, 8 * j + i % 2, *own[i // 2]) for i, x in enumerate(four)]
         for j, four in enumerate(scores)
     ]
 
 
 def weigh(state: State, scores: list[list[F32]]) -> tuple[State, list[list[F32]]]:
-    """Weights relative to the new maximum, and the state rescaled to it."""
-    top, shrink = [], []
-    for row in range(2):
-        found = [x for four in scores for x in four[2 * row : 2 * row + 2]]
-        best = _over_columns(ptx.float_maximum, functools.reduce(ptx.float_maximum, found))
-        top.append(ptx.float_maximum(state.top[row], best))
-        shrink.append(ptx.exp2(state.top[row] - top[row]))
-    weights = [[ptx.exp2(x - top[i // 2]) for i, x in enumerate(four)] for four in scores]
-    total = []
-    for row in range(2):
-        parts = [x for four in weights for x in four[2 * row : 2 * row + 2]]
-        total.append(functools.reduce(F32.__add__, parts, state.total[row] * shrink[row]))
-    acc = [x * shrink[i // 2 % 2] for i, x in enumerate(state.acc)]
-    return State(top, total, acc), weights
+    """Weights relative to the state's maximum, which has followed where it must."""
+    best = []
+    for found in _of_rows(scores):
+        best.append(_over_columns(ptx.float_maximum, _tree(ptx.float_maximum, found)))
+    state = _follow(state, best)
+    weights = [[ptx.exp2(x - state.top[i // 2]) for i, x in enumerate(four)] for four in scores]
+    sums = [_tree(F32.__add__, found) for found in _of_rows(weights)]
+    total = [a + b for a, b in zip(state.total, sums, strict=True)]
+    return State(state.top, total, state.acc), weights
+
+
+def _follow(state: State, best: list[F32]) -> State:
+    """The state relative to the new maximum, if that has risen much in some row of the warp. Few
+    tiles see that; until then weights are up to 2^LAZY, which float16 holds as well."""
+    limits = [top + ptx.constant_float(LAZY) for top in state.top]
+    low = [~(x > limit) for x, limit in zip(best, limits, strict=True)]
+
+    def followed() -> list[F32]:
+        top = [ptx.float_maximum(*pair) for pair in zip(state.top, best, strict=True)]
+        shrink = [ptx.exp2(old - new) for old, new in zip(state.top, top, strict=True)]
+        total = [x * factor for x, factor in zip(state.total, shrink, strict=True)]
+        acc = [x * shrink[i // 2 % 2] for i, x in enumerate(state.acc)]
+        return State(top, total, acc).registers()
+
+    has_risen = ptx.any_lane(~(low[0] & low[1]))
+    return State.of(ptx.branch_values(has_risen, state.registers(), followed))
+
+
+def _of_rows(scores: list[list[F32]]) -> list[list[F32]]:
+    """Those of row g, and those of row g + 8."""
+    return [[x for four in scores for x in four[2 * row : 2 * row + 2]] for row in range(2)]
+
+
+def _tree(combine: Callable[[F32, F32], F32], values: list[F32]) -> F32:
+    """Of a power of two of values: pairs at once, that they need not wait for each other."""
+    while len(values) > 1:
+        values = [combine(*pair) for pair in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
 
 
 def weight_words(weights: list[list[F32]]) -> list[list[I32]]:

@@ -38,7 +38,7 @@ from qserve_jax.quantization.qtensor import Array
 
 SMS = 132
 THREADS = 32 * (WARPS + 4)
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 104, 200
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 120, 192
 """Of a thread: together what 384 threads may begin with, 3 x 168."""
 
 

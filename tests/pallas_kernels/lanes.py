@@ -150,6 +150,10 @@ class Machine:
         self._whole_warps()
         return type(value)(value.values[np.arange(len(self.thread)) ^ lanes])
 
+    def any_lane(self, condition):
+        self._whole_warps()
+        return Predicate(np.repeat(condition.values.reshape(-1, 32).any(1), 32))
+
     def sync_block(self, threads, barrier=1):
         assert self.mask.all() and threads == self.thread.max() + 1
         self.meetings += 1
@@ -171,8 +175,14 @@ class Machine:
                 if self.mask.any():
                     body()
 
+    def branch_values(self, condition, kept, changed):
+        with self.when(condition):
+            found = changed() if self.mask.any() else kept
+        pairs = zip(found, kept, strict=True)
+        return [type(k)(np.where(condition.values, f.values, k.values)) for f, k in pairs]
+
     def loop(self, count, carry, body):
-        counts = np.unique(count.values)
+        counts = np.unique(np.broadcast_to(count.values, self.mask.shape)[self.mask])
         assert len(counts) == 1, "threads that loop differently often"
         for i in range(int(counts[0].astype(np.int32))):
             carry = body(self.constant(i), carry)

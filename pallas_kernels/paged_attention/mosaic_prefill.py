@@ -100,7 +100,8 @@ def _body(p: Problem, q: Any, lens: Any, table: Any, pages: Any, *refs: Any) -> 
     """The kernel. refs: new K and V where they are attended, the layer, output, shared memory."""
     *more, out, shared = refs
     b = prefill_rows.block(p, ptx.block_index(), ptx.global_address(lens))
-    query = prefill_rows.load_query(p, b, ptx.global_address(q))
+    words = prefill_rows.fetch_query(p, b, ptx.global_address(q))
+    query = prefill_rows.query_operands(p, words)
     sums, state = prefill_rows.row_sums(query), State.start(p)
     for source in prefill_tile.sources(p, table, pages, more).of(b):
         state = _attend(p, b, source, ptx.shared_address(shared), query, sums, state)

@@ -74,7 +74,8 @@ class Problem:
         """From q @ k to the exponent of two."""
         return self.sm_scale * math.log2(math.e)
 
-    # Shared memory of mosaic_prefill, in bytes: K, V [TILE] rows of halves, and of K (scale, centre) in float32.
+    # Shared memory of mosaic_prefill, in bytes: K, V [TILE] rows of halves, and of K (scale, centre)
+    # in float32.
 
     @property
     def stride(self) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 from qserve_jax.pallas_kernels import intrinsics as ptx
 from qserve_jax.pallas_kernels.intrinsics import F32, I32, Address
@@ -88,20 +87,20 @@ def _row_address(p: Problem, b: Block, base: Address, row: I32) -> Address:
     return base.advance((b.batch * p.tokens + token) * p.heads + head, 2 * p.head_dim)
 
 
-def load_query(p: Problem, b: Block, q: Address) -> list[list[I32]]:
-    """For each 16 dimensions the operand A: rows g, g + 8, dimensions 2 c.. and 2 c + 8.., f16.
+def fetch_query(p: Problem, b: Block, q: Address) -> list[I32]:
+    """For each 16 dimensions four words: of rows g and g + 8 the dimensions 2 c.., then 2 c + 8...
     Rows beyond the last repeat it."""
     most = p.tokens * p.group - 1
     rows = [_row_address(p, b, q, ptx.minimum(row, most)).advance(b.c, 4) for row in b.rows]
-
-    def load(row: int, dim: int) -> I32:
-        words = ptx.load_global(rows[row].advance(dim, 2))
-        return ptx.words_of(ptx.floats_of(words, p.dtype), "float16")[0]
-
     return [
-        [load(0, dim), load(1, dim), load(0, dim + 8), load(1, dim + 8)]
-        for dim in range(0, p.head_dim, 16)
+        ptx.load_global(row.advance(dim, 2))[0] for dim in range(0, p.head_dim, 8) for row in rows
     ]
+
+
+def query_operands(p: Problem, words: list[I32]) -> list[list[I32]]:
+    """What was fetched as operands A, f16, for each 16 dimensions."""
+    words = [ptx.words_of(ptx.floats_of([word], p.dtype), "float16")[0] for word in words]
+    return [words[i : i + 4] for i in range(0, len(words), 4)]
 
 
 def row_sums(query: list[list[I32]]) -> list[F32]:
@@ -134,9 +133,7 @@ def seen(p: Problem, b: Block, row: I32, begin: I32, count: I32) -> tuple[I32, I
     return low, ptx.minimum(count, own + 1)
 
 
-def masked(
-    b: Block, scores: list[list[F32]], bounds: list[tuple[I32, I32]]
-) -> list[list[F32]]:
+def masked(b: Block, scores: list[list[F32]], bounds: list[tuple[I32, I32]]) -> list[list[F32]]:
     """-inf for what the lane's two rows do not see."""
     far = ptx.constant_float(float("-inf"))
     own = [(low - b.c * 2, end - b.c * 2) for low, end in bounds]  # counted from the lane's first

@@ -89,19 +89,31 @@ def _body(p: Problem, q: Any, lens: Any, table: Any, pages: Any, *refs: Any) -> 
     )
 
 
-def _each_block(p: Problem, operands: _Operands, body: Any) -> None:
-    """body(block, tiles so far) -> tiles so far, for all blocks of rows that this one takes."""
-    blocks = min(SMS, p.blocks)
-    rounds, rest = divmod(p.blocks, blocks)
-    ahead = ptx.block_index()
-    back = (blocks - 1) - ahead
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """The blocks of rows that this one takes: forth in the first round, back in the second, ..."""
 
-    def one(i: I32, carry: list[I32]) -> list[I32]:
-        index = i * blocks + ptx.select((i & 1).is_(0), ahead, back)
-        return [body(prefill_rows.block(p, index, operands.lens), *carry)]
+    p: Problem
+    lens: Address
 
-    last = back if rounds % 2 else ahead
-    ptx.loop(ptx.select(last < rest, rounds + 1, rounds), [ptx.constant(0)], one)
+    @property
+    def _blocks(self) -> int:
+        return min(SMS, self.p.blocks)
+
+    def _index(self, i: I32 | int) -> I32:
+        ahead = ptx.block_index()
+        back = (self._blocks - 1) - ahead
+        if isinstance(i, int):
+            return (back if i % 2 else ahead) + i * self._blocks
+        return ptx.select((i & 1).is_(0), ahead, back) + i * self._blocks
+
+    def count(self) -> I32:
+        rounds = self.p.blocks // self._blocks
+        return ptx.select(self._index(rounds) < self.p.blocks, rounds + 1, rounds)
+
+    def block(self, i: I32 | int) -> Block:
+        """The i-th, or the last of all if there is none."""
+        return prefill_rows.block(self.p, ptx.minimum(self._index(i), self.p.blocks - 1), self.lens)
 
 
 def _sources(operands: _Operands, b: Block) -> list[prefill_tile.Source]:
@@ -112,49 +124,92 @@ def _sources(operands: _Operands, b: Block) -> list[prefill_tile.Source]:
 
 def _produce(p: Problem, operands: _Operands, ring: Ring) -> None:
     ptx.set_max_registers(PRODUCER_REGISTERS, increase=False)
+    share = _Share(p, operands.lens)
 
-    def one(b: Block, n: I32) -> I32:
-        for source in _sources(operands, b):
+    def one(i: I32, carry: list[I32]) -> list[I32]:
+        (n,) = carry
+        for source in _sources(operands, share.block(i)):
             n = fill(p, ring, source, n)
-        return n
+        return [n]
 
-    _each_block(p, operands, one)
+    ptx.loop(share.count(), [ptx.constant(0)], one)
 
 
 # Consumers
 
 
 def _consume(p: Problem, operands: _Operands, ring: Ring) -> None:
+    """The queries of the next block of rows are fetched before this one ends."""
     ptx.set_max_registers(CONSUMER_REGISTERS, increase=True)
+    share, turns = _Share(p, operands.lens), _Turns(ptx.warp_index() >> 2)
 
-    def one(b: Block, n: I32) -> I32:
+    def one(i: I32, carry: list[I32]) -> list[I32]:
+        n, *words = carry
+        b = share.block(i)
         tiles = functools.reduce(I32.__add__, (x.count for x in _sources(operands, b)))
-        query = prefill_rows.load_query(p, b, operands.q)
-        state = _attend(p, b, ring, n, tiles, query)
+        query = prefill_rows.query_operands(p, words)
+        state, weights = _attend(p, b, ring, turns, n, tiles, query)
+        words = prefill_rows.fetch_query(p, share.block(i + 1), operands.q)
+        state = _finish(p, b, ring, turns, n + (tiles - 1), state, weights)
         prefill_rows.store_output(p, b, operands.out, state)
-        return n + tiles
+        return [n + tiles, *words]
 
-    _each_block(p, operands, one)
+    turns.start()
+    words = prefill_rows.fetch_query(p, share.block(0), operands.q)
+    ptx.loop(share.count(), [ptx.constant(0), *words], one)
+    turns.end()
 
 
-def _attend(p: Problem, b: Block, ring: Ring, n: I32, tiles: I32, query: list[list[I32]]) -> State:
-    """Over all tiles, from the n-th of the ring on."""
+@dataclasses.dataclass(frozen=True)
+class _Turns:
+    """The two warpgroups start their wgmma in turn, so that one's softmax runs beside the other's
+    wgmma, and not beside its softmax (FlashAttention 3, section 3.1)."""
+
+    warpgroup: I32
+    FIRST = 2  # named barriers, one for each to wait at
+    BOTH = 32 * WARPS
+
+    def take(self) -> None:
+        ptx.sync_block(self.BOTH, self.warpgroup + self.FIRST)
+
+    def give(self) -> None:
+        ptx.arrive_at_block(self.BOTH, (1 - self.warpgroup) + self.FIRST)
+
+    def start(self) -> None:
+        """The first warpgroup has the first turn."""
+        with ptx.when(self.warpgroup.is_(1)):
+            self.give()
+
+    def end(self) -> None:
+        """And takes the last one, with which it does nothing."""
+        with ptx.when(self.warpgroup.is_(0)):
+            self.take()
+
+
+def _attend(
+    p: Problem, b: Block, ring: Ring, turns: _Turns, n: I32, tiles: I32, query: list[list[I32]]
+) -> tuple[State, list[I32]]:
+    """Over all tiles, from the n-th of the ring on; the last one's values are left to add, with
+    these weights."""
     sums = prefill_rows.row_sums(query)
     ring.wait_full(n)
+    turns.take()
     held = ptx.wgmma_fence([word for a in query for word in a])
-    query = [held[i : i + 4] for i in range(0, len(held), 4)]
-    scores = _start_scores(ring.keys(n), query)
+    scores = _start_scores(ring.keys(n), held)
     ptx.wgmma_commit()
+    turns.give()
     scores = ptx.wgmma_wait(scores, held)
     state, weights = _softmax(p, b, ring, n, sums, State.start(p), scores)
 
     def step(i: I32, carry: list[Any]) -> list[Any]:
         weights, state, m = carry[: TILE // 4], State.of(carry[TILE // 4 :]), n + i
         ring.wait_full(m + 1)
+        turns.take()
         weights, state.acc = ptx.wgmma_fence(weights), ptx.wgmma_fence(state.acc)
-        scores = _start_scores(ring.keys(m + 1), query)
-        acc = _start_values(p, ring.values(m), weights, state.acc)
+        scores = _start_scores(ring.keys(m + 1), held)
+        acc = _start_values(ring.values(m), weights, state.acc)
         ptx.wgmma_commit()
+        turns.give()
         found = ptx.wgmma_wait([*scores, *acc], [*weights, *held])
         ring.release(m, b.lane)
         scores, state.acc = found[: TILE // 2], found[TILE // 2 :]
@@ -162,26 +217,34 @@ def _attend(p: Problem, b: Block, ring: Ring, n: I32, tiles: I32, query: list[li
         return [*weights, *state.registers()]
 
     last: list[Any] = ptx.loop(tiles - 1, [*weights, *state.registers()], step)
-    weights, state = ptx.wgmma_fence(last[: TILE // 4]), State.of(last[TILE // 4 :])
-    m = n + tiles - 1
-    acc = _start_values(p, ring.values(m), weights, ptx.wgmma_fence(state.acc))
+    return State.of(last[TILE // 4 :]), last[: TILE // 4]
+
+
+def _finish(
+    p: Problem, b: Block, ring: Ring, turns: _Turns, n: I32, state: State, weights: list[I32]
+) -> State:
+    """The values of the last tile, the n-th of the ring."""
+    turns.take()
+    weights = ptx.wgmma_fence(weights)
+    acc = _start_values(ring.values(n), weights, ptx.wgmma_fence(state.acc))
     ptx.wgmma_commit()
-    state.acc = ptx.wgmma_wait(acc, weights)
-    ring.release(m, b.lane)
-    return state
+    turns.give()
+    acc = ptx.wgmma_wait(acc, weights)
+    ring.release(n, b.lane)
+    return State(state.top, state.total, acc)
 
 
-def _start_scores(keys: I32, query: list[list[I32]]) -> list[F32]:
+def _start_scores(keys: I32, query: list[I32]) -> list[F32]:
     """q @ k [64 rows, 64 keys]; 64 dimensions of K lie together."""
     acc: list[F32] | int = TILE
-    for i, a in enumerate(query):
+    for i in range(len(query) // 4):
         part = ptx.wgmma_descriptor(keys) + (i // 4 * Ring.PART + i % 4 * 32) // 16
-        acc = ptx.wgmma_halves(acc, a, part)
+        acc = ptx.wgmma_halves(acc, query[4 * i : 4 * i + 4], part)
     assert not isinstance(acc, int)
     return acc
 
 
-def _start_values(p: Problem, values: I32, weights: list[I32], acc: list[F32]) -> list[F32]:
+def _start_values(values: I32, weights: list[I32], acc: list[F32]) -> list[F32]:
     """acc [64 rows, H] + weights @ v; 64 dimensions of V lie together."""
     first = ptx.wgmma_descriptor(values, columns_apart=Ring.PART)
     for i in range(TILE // 16):
@@ -220,9 +283,7 @@ def _scaled(
     return [scaled(j, four) for j, four in enumerate(scores)]
 
 
-def _masked(
-    p: Problem, b: Block, ring: Ring, n: I32, scores: list[list[F32]]
-) -> list[list[F32]]:
+def _masked(p: Problem, b: Block, ring: Ring, n: I32, scores: list[list[F32]]) -> list[list[F32]]:
     """-inf for what is not seen, where there is such a key for some row of the warp."""
     begin, count = ring.extent(n)
     _, end = prefill_rows.seen(p, b, b.corners[0], begin, count)

@@ -1,13 +1,8 @@
 """The wgmma kernel of prefill attention: its own code on numpy twins, warpgroups in any order."""
 
-import functools
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qserve_jax.pallas_kernels import backend
 from qserve_jax.pallas_kernels.paged_attention import (
     prefill_rows,
     prefill_tile,

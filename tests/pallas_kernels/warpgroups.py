@@ -9,6 +9,7 @@ number before.
 """
 
 import threading
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +54,7 @@ class Machine(lanes.Machine):
         self.groups = [
             Warpgroup(i, self.thread // 128 == i, np.zeros(count, int)) for i in range(count)
         ]
-        self.now = None
+        self.now: Any = None  # the warpgroup that runs
         self.writer, self.written = np.zeros((2, words), int)
         self.read = np.full((words, count), -1)
         self.fenced = np.zeros(words, bool)
@@ -83,6 +84,9 @@ class Machine(lanes.Machine):
             group.thread.join()
         if self.error is not None:
             raise self.error
+
+        for number, b in self.barriers.items():
+            assert number >= BARRIERS or b.pending == b.arrivals, "arrivals that nobody waits for"
 
     def _run(self, group, body):
         try:
@@ -129,9 +133,33 @@ class Machine(lanes.Machine):
     def sync_warp(self):
         self._whole_warps()
 
+    def sync_block(self, threads, barrier=1):
+        if self.now is None:
+            return super().sync_block(threads, barrier)
+        if not self.mask.any():  # `when` another warpgroup does
+            return
+        b = self._named(threads, barrier)
+        phases = b.phases
+        self._arrive(b)
+        self._pause(lambda: b.phases > phases)
+        self.now.clock = np.maximum(self.now.clock, b.known)
+
+    def arrive_at_block(self, threads, barrier):
+        if self.mask.any():
+            self._arrive(self._named(threads, barrier))
+
+    def _named(self, threads, barrier):
+        numbers = np.broadcast_to(barrier.values, self.mask.shape)[self.mask]
+        (number,) = np.unique(numbers)
+        assert 0 < number < 16
+        return self.barriers.setdefault(number, Barrier(threads, len(self.groups)))
+
     def arrive(self, barrier):
         """By all threads that act."""
-        group, b = self.now, self.barriers[self._barrier(barrier)]
+        self._arrive(self.barriers[self._barrier(barrier)])
+
+    def _arrive(self, b):
+        group = self.now
         b.arriving = np.maximum(b.arriving, group.clock)
         b.pending -= int(self.mask.sum())
         assert b.pending >= 0, "more arrivals than the barrier was made for"

@@ -30,6 +30,7 @@ from qserve_jax.models.layers import (
 from qserve_jax.models.rope import rope_frequencies, rope_turn
 from qserve_jax.pallas_kernels import paged_attention, quantized_matmul, rope_append_kv
 from qserve_jax.pallas_kernels.append_kv import rotate, split_heads
+from qserve_jax.pallas_kernels.backend import usable
 from qserve_jax.pallas_kernels.paged_attention import longest_first
 from qserve_jax.pallas_kernels.paged_attention.reference import attend
 from qserve_jax.pallas_kernels.quantize_activation import quantize_activation
@@ -42,6 +43,9 @@ Turn = tuple[Array, Array]
 Attention = Callable[[Sequence[Array], Turn, Array | None, Array, Any], tuple[Array, Any]]
 """([q [B, T, N, H], k [B, T, K, H], v] or one [B, T, N + 2K, H], not rotated yet, turn, the keys'
 centre [K, H] or None, layer index, state) -> (output [B, T, N, H], state)."""
+
+LAYERS_AT_ONCE = 8
+"""In one round of the loop, where kernels run: on a GPU a round costs one more, which counts."""
 
 Tap = Callable[[str, Callable[[], Array]], None]
 """Shown the layer's matmul inputs and heads by name, as thunks; see `calibration.matmul_inputs`."""
@@ -156,8 +160,12 @@ def hidden_states(
     rope_lens: Array,
     attention: Attention,
     state: Any,
+    unroll: int = 1,
 ) -> tuple[Array, Any]:
-    """tokens, positions i32[B, T] -> final hidden states [B, T, D] and the attention's state."""
+    """tokens, positions i32[B, T] -> final hidden states [B, T, D] and the attention's state.
+
+    unroll: layers in one round of the loop.
+    """
     config = model.config
     turn = rope_turn(positions, *rope_frequencies(config, rope_lens))
     scanned, in_place = split_in_place(params["layers"])
@@ -171,7 +179,7 @@ def hidden_states(
 
     x = params["embed"]["embedding"][tokens]
     layers = jnp.arange(config.num_layers)
-    (x, state), _ = jax.lax.scan(body, (x, state), (layers, scanned))
+    (x, state), _ = jax.lax.scan(body, (x, state), (layers, scanned), unroll=unroll)
     return rms_norm(x, params["final_norm"]["scale"], config.rms_norm_eps), state
 
 
@@ -357,7 +365,8 @@ def prefill(
         model, block_table, context_lens, query_lens, slots, cached_pages, attends
     )
     rope_lens = context_lens if rope_lens is None else rope_lens
-    x, cache = hidden_states(model, params, tokens, positions, rope_lens, attention, cache)
+    unroll = 1 if usable(model.backend) == ("reference",) else LAYERS_AT_ONCE
+    x, cache = hidden_states(model, params, tokens, positions, rope_lens, attention, cache, unroll)
     if not all_logits:
         last = jnp.clip(query_lens - 1, 0, t - 1)
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]

@@ -170,6 +170,14 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+def picture(text: str) -> Path:
+    """An argparse type: a file to draw. Folders are left to be refused as such."""
+    path = Path(text)
+    if path.suffix not in (".png", ".svg", ".pdf") and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no picture: end it in .png, .svg or .pdf")
+    return path
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that `load` and `make_llm` read."""
     group = parser.add_argument_group("model")
@@ -342,6 +350,18 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # small programs add up
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def leave_matmuls_to_cublas() -> None:
+    """Before JAX's first use of a GPU: no search for faster kernels by Triton, unless XLA_FLAGS has
+    a word about it.
+
+    Calibration has many large float32 products, which are cuBLAS's in the end; on an H200 the
+    search alone took a minute, where everything is compiled in 15 seconds without.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_gpu_enable_triton_gemm" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_triton_gemm=false".strip()
 
 
 def remove_broken_programs(message: str) -> bool:

@@ -74,9 +74,8 @@ def bench_attention(args: argparse.Namespace) -> None:
     from qserve_jax.benchmarks import attention_report as report
     from qserve_jax.benchmarks import plot
     from qserve_jax.benchmarks.attention import Sweep, attention_report, run_sweep
-    from qserve_jax.benchmarks.attention_cases import HEADS, decode_cases
 
-    heads = tuple(map(parse_heads, args.heads)) or HEADS
+    cases = attention_cases(args)
     saved = checked_save(args)
     if saved is not None and not report.is_attention(saved):
         raise UsageError(f"--save {args.save} holds results of another --op: name another file")
@@ -84,8 +83,7 @@ def bench_attention(args: argparse.Namespace) -> None:
         raise UsageError("--plot needs matplotlib: pip install 'qserve_jax[plot]'")
     found, problems = saved, []
     if not args.no_run:
-        bits = tuple(dict.fromkeys(args.kv_bits))
-        cases = decode_cases(heads, bits, tuple(args.batch), tuple(args.context))
+        bits = tuple(dict.fromkeys(args.kv_bits or KV_BITS))
 
         def run(bench: Any, backends: tuple[str, ...]) -> None:
             bench.report = bench.report if saved else attention_report(bench.report)
@@ -97,6 +95,19 @@ def bench_attention(args: argparse.Namespace) -> None:
     if args.plot:
         report.plot(found, args.plot)
     _raise_problems(problems)
+
+
+def attention_cases(args: argparse.Namespace) -> list[Any]:
+    """What --heads, --batch, --context and --kv-bits ask for: all combinations, of all of what is
+    not given; without any of them the default cases. Raises UsageError."""
+    from qserve_jax.benchmarks.attention_cases import HEADS, decode_cases, default_cases
+
+    heads = tuple(map(parse_heads, args.heads))
+    if not (heads or args.batch or args.context or args.kv_bits):
+        return default_cases(KV_BITS)
+    bits = tuple(dict.fromkeys(args.kv_bits or KV_BITS))
+    batches, contexts = tuple(args.batch or BATCHES), tuple(args.context or CONTEXTS)
+    return decode_cases(heads or HEADS, bits, batches, contexts)
 
 
 def parse_heads(text: str) -> tuple[int, int, int]:
@@ -136,20 +147,22 @@ def build_parser() -> _cli.Parser:
     add("--group-size", nargs="+", type=int, choices=(128, -1), default=[128, -1],
         help="input features per scale, -1 for one per channel (default: both)")
     add("--heads", nargs="+", metavar="N/K/H", default=[],
-        help="attention: query heads/KV heads/head_dim (default: those of six models)")
-    add("--batch", nargs="+", type=positive, metavar="B", default=list(BATCHES),
-        help="attention: sequences (default: %(default)s)")
-    add("--context", nargs="+", type=positive, metavar="TOKENS", default=list(CONTEXTS),
-        help="attention: cached tokens of each (default: %(default)s)")
-    add("--kv-bits", nargs="+", type=int, choices=KV_BITS, default=list(KV_BITS),
-        help="attention: of the cache (default: all)")
+        help="attention: query heads/KV heads/head_dim (default: those of six models, Llama-3-8B's"
+        " with all batches, contexts and bits, the others with some)")
+    add("--batch", nargs="+", type=positive, metavar="B", default=[],
+        help=f"attention: sequences (default: {' '.join(map(str, BATCHES))})")
+    add("--context", nargs="+", type=positive, metavar="TOKENS", default=[],
+        help=f"attention: cached tokens of each (default: {' '.join(map(str, CONTEXTS))})")
+    add("--kv-bits", nargs="+", type=int, choices=KV_BITS, default=[],
+        help="attention: of the cache (default: all); with any of these four, all combinations")
     add("--backend", nargs="+", choices=_cli.BACKENDS[1:], metavar="NAME", default=[],
         help=f"{', '.join(_cli.BACKENDS[1:])} (default: the kernels that can run here)")
     add("--output", choices=FORMATS, default="table", help="(default: table)")
     add("--save", type=Path, metavar="FILE",
-        help="write JSON after every row; what the file already has is not measured again")
+        help="write JSON after every row; what the file has of these kernels is not measured again")
     add("--no-run", action="store_true", help="measure nothing, show what --save FILE has")
-    add("--plot", type=Path, metavar="FILE.png", help="draw the share of the ceiling over M")
+    add("--plot", type=_cli.picture, metavar="FILE.png",
+        help="draw the share of the ceiling over M")
     add("--quiet", action="store_true", help="only errors and warnings on stderr")
     add("--debug", action="store_true", help="tracebacks, and all JAX has to say")
     # fmt: on
@@ -217,14 +230,13 @@ def _measured(
     """The report that run(bench, backends) fills, and its problems. Raises as `measure`."""
     from qserve_jax.benchmarks import clock
     from qserve_jax.benchmarks.matmul import Bench
-    from qserve_jax.benchmarks.report import check_same_origin, empty_report, write_report
+    from qserve_jax.benchmarks.report import continued, empty_report, write_report
 
     _cli.enable_compilation_cache()
     backends = tuple(args.backend) or runnable_backends()
     clock.check_available()
     here = empty_report()
-    if saved is not None:
-        check_same_origin(saved, here)
+    start = here if saved is None else continued(saved, here)
 
     def save(report: Report) -> None:
         if args.save:
@@ -234,7 +246,7 @@ def _measured(
         if not args.quiet:
             print(line, file=sys.stderr, flush=True)
 
-    bench = Bench(clock.call_times, saved or here, save, say)
+    bench = Bench(clock.call_times, start, save, say)
     run(bench, backends)
     return bench.report, bench.problems
 

@@ -115,7 +115,8 @@ def build_parser() -> _cli.Parser:
     add = parser.add_argument_group("messages").add_argument
     add("--report", choices=("text", "json"), default="text",
         help="what was done, as text on stderr or an object on stdout (default: text)")
-    add("--plot", type=Path, metavar="FILE", help="draw the errors of all layers (matplotlib)")
+    add("--plot", type=_cli.picture, metavar="FILE.png",
+        help="draw the errors of all layers (matplotlib)")
     add("--quiet", action="store_true", help="only errors and warnings on stderr")
     add("--debug", action="store_true", help="tracebacks, and all JAX has to say")
     # fmt: on
@@ -184,6 +185,7 @@ def run(args: argparse.Namespace, text: str | None) -> dict[str, Any]:
     from qserve_jax.layerwise.plot import plot_errors
     from qserve_jax.runtime.run_stats import peak_bytes
 
+    _cli.leave_matmuls_to_cublas()
     _cli.enable_compilation_cache()
     source = open_source(args.model)
     tokens = None if text is None else calibration_tokens(args, source, text)

@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--discard", action="store_true", help="remove the output at the end")
     args = parser.parse_args()
     config = SHAPES[args.shape]
+    _cli.leave_matmuls_to_cublas()
     if args.weights is not None and not args.weights.exists():
         write_weights(args.weights, config)
     _cli.enable_compilation_cache()

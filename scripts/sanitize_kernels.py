@@ -64,6 +64,7 @@ ATTENTION: dict[str, tuple[Callable, int, DecodeConfig]] = {
     "sm90, one worker": (attention_sm90.decode, 4, DecodeConfig(2)),
     "sm90, warpgroups and a cluster": (attention_sm90.decode, 8, DecodeConfig(2, 2, 2)),
     "sm90, splits": (attention_sm90.decode, 16, DecodeConfig(2, 1, 1, 2)),
+    "sm90, a cluster and splits": (attention_sm90.decode, 4, DecodeConfig(2, 1, 2, 2)),
     "mma, one worker": (attention_mma.decode, 4, DecodeConfig(3)),
     "mma, splits": (attention_mma.decode, 16, DecodeConfig(2, 2, 1, 2)),
 }
@@ -285,7 +286,7 @@ def _report(tool: str, process: subprocess.Popen, log: Path, deadline: float) ->
     is_clean = clean(code, text)
     ended = "out of time" if code is None else f"exit status {code}"
     print(f"== {tool}: {'clean' if is_clean else 'NOT clean'}, {ended}")
-    print(*(summary(text) or text.splitlines()[-10:]), sep="\n", flush=True)
+    print(*summary(text), *([] if is_clean else text.splitlines()[-10:]), sep="\n", flush=True)
     return int(not is_clean)
 
 

@@ -6,7 +6,7 @@ Starts from the heuristic's config and goes to the fastest neighbour for --round
 config must give the same output bit for bit. Writes what gains over 1 % to the device's file under
 pallas_kernels/w4a8_matmul/tuned/, after every case, beside the entries that are there.
 
-With --prepared only PREPARED is measured beside the heuristic's configs, at its own sizes.
+With --prepared only PREPARED is measured, beside the heuristic's configs.
 """
 
 from __future__ import annotations
@@ -32,35 +32,18 @@ from qserve_jax.benchmarks.shapes import MODEL_SHAPES, TOKENS, Shape, parse_shap
 from qserve_jax.benchmarks.tune import ENOUGH, Measure, best_of, can_run, climb
 from qserve_jax.pallas_kernels.backend import default_device
 from qserve_jax.pallas_kernels.w4a8_matmul.api import W4A8_BACKENDS
-from qserve_jax.pallas_kernels.w4a8_matmul.sm90_tiles import Sm90Config
+from qserve_jax.pallas_kernels.w4a8_matmul.sm90_config import choose_config
 from qserve_jax.pallas_kernels.w4a8_matmul.tuning import DESIGNS, Design, bucket, tuned_path
 
-# tokens, row_warpgroups, k_warpgroups, stages, cluster, last, lead, biased (in groups only)
-LARGE = (256, 2, 1, 5)
-PREPARED = {  # (m, n, k): configs that have not run on a GPU yet, or that a sweep left out
-    (256, 28672, 4096): [
-        *[(*LARGE, 1, 3, 0), (*LARGE, 1, 4, 2), (*LARGE, 1, 4, 3), (*LARGE, 1, 3, 2)],
-        *[(*LARGE, 1, 3, 3), (*LARGE, 1, 4, 0, 1), (*LARGE, 1, 3, 3, 1)],
-    ],
-    (512, 28672, 4096): [(*LARGE, 1, *new) for new in ((2, 0), (4, 3), (2, 2), (2, 3))],
-    (1024, 28672, 4096): [(*LARGE, *new) for new in ((2, 4, 3), (1, 4, 3), (1, 4, 0))],
-    (4096, 28672, 4096): [
-        *[(*LARGE, 2, 1, 0), (*LARGE, 2, 4, 3), (*LARGE, 2, 1, 2), (*LARGE, 2, 1, 3)],
-        *[(*LARGE, 2, 4, 0, 1), (*LARGE, 2, 1, 3, 1)],
-    ],
-    (128, 6144, 4096): [
-        *[(64, 2, 2, 6, 1, 4, 0), (64, 2, 2, 6, 1, 3, 0), (64, 2, 1, 13, 1, 3, 0)],
-        *[(32, 3, 2, 6, 1, 4, 0), (128, 1, 2, 5, 1, 4, 0), (64, 2, 2, 6, 1, 4, 0, 1)],
-    ],
-    (256, 6144, 4096): [
-        *[(128, 2, 2, 4, 1, 3, 0), (128, 2, 1, 9, 1, 3, 0), (128, 2, 1, 9, 1, 3, 3)],
-        *[(64, 3, 2, 5, 1, 4, 0), (64, 3, 1, 11, 1, 4, 0), (64, 3, 2, 5, 1, 4, 0, 1)],
-    ],
-    (512, 6144, 4096): [(*LARGE, 1, *new) for new in ((3, 0), (3, 3), (4, 3))],
-    (1024, 6144, 4096): [(*LARGE, 1, *new) for new in ((2, 0), (2, 3), (4, 3))],
-    (256, 4096, 4096): [(128, 1, 2, stages, 1, 4, 0) for stages in (4, 5)],
-    (256, 4096, 14336): [(128, 1, 2, stages, 1, 4, 0) for stages in (4, 5)],
-    (4096, 4096, 4096): [(*LARGE, 2, 4, 3), (*LARGE, 1, 4, 3)],
+WHOLE = {"last": 4}
+PREPARED = {  # (m, n, k): changes of the heuristic's config that no measurement has decided yet
+    **dict.fromkeys([(64, 12288, 4096), (128, 12288, 4096), (128, 37888, 3584)], [WHOLE]),
+    (64, 37888, 3584): [WHOLE, {"last": 2}],
+    **dict.fromkeys([(256, 4608, 3584), (512, 4608, 3584), (512, 10240, 8192)], [WHOLE]),
+    (1024, 22016, 4096): [WHOLE, {"cluster": 1}, {"cluster": 1, "lead": 3}],
+    (1024, 28672, 4096): [{"cluster": 1, "lead": lead} for lead in (0, 2, 3, 4)],
+    (4096, 28672, 4096): [WHOLE, {"lead": 2}, {"cluster": 1, "lead": 3}],
+    (4096, 6144, 4096): [{"lead": 3}, {"cluster": 1}, {"cluster": 1, "lead": 3}],
 }
 
 
@@ -175,9 +158,11 @@ def main() -> None:
 
 def prepared_cases(args: argparse.Namespace) -> Iterator[tuple]:
     """The arguments of `tune`."""
-    for (m, n, k), configs in PREPARED.items():
+    for (m, n, k), changes in PREPARED.items():
         for group_size in args.group_size:
-            yield "wgmma", m, n, k, group_size, 0, [Sm90Config(*config) for config in configs]
+            start = choose_config(m, n, k, group_size != -1)
+            configs = [dataclasses.replace(start, **change) for change in changes]
+            yield "wgmma", m, n, k, group_size, 0, configs
 
 
 def all_cases(args: argparse.Namespace) -> Iterator[tuple]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -243,3 +244,16 @@ def test_make_golden_without_torch_says_so():
     assert "--out" in ends[0].stdout and ends[0].stderr == ""
     assert ends[1].stderr.startswith("make_golden.py: error: ") and ends[1].stderr.count("\n") == 1
     assert "pip install torch transformers" in ends[1].stderr
+
+
+def test_matmuls_are_left_to_cublas_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    _cli.leave_matmuls_to_cublas()
+    assert os.environ["XLA_FLAGS"] == "--xla_gpu_enable_triton_gemm=false"
+    for given, expected in (
+        ("--a=1", "--a=1 --xla_gpu_enable_triton_gemm=false"),
+        ("--xla_gpu_enable_triton_gemm=true", "--xla_gpu_enable_triton_gemm=true"),
+    ):
+        monkeypatch.setenv("XLA_FLAGS", given)
+        _cli.leave_matmuls_to_cublas()
+        assert os.environ["XLA_FLAGS"] == expected

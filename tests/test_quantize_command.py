@@ -74,6 +74,12 @@ def texts(tmp_path) -> Path:
         ("--recipe qoc", 2, "invalid choice: 'qoc'"),
         ("--plot none/errors.png", 2, "there is no folder none, make it"),
         ("--plot .", 2, "--plot . is a folder: name a file in it"),
+        ("--plot errors.jpgg", 2, "'errors.jpgg' is no picture: end it in .png, .svg or .pdf"),
+        (
+            "--recipe rtn --output latin.txt/out",
+            1,
+            "out.partial cannot be made (Not a directory): c",
+        ),
     ],
 )
 def test_bad_input_is_one_line(capsys, texts, tmp_path, monkeypatch, flags, code, message):

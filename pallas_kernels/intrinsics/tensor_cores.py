@@ -91,12 +91,8 @@ def wgmma_descriptor(address: I32, *, columns_apart: int = 16) -> I32:
 _DESCRIPTOR_HIGH = 1 << 30 | 1024 >> 4  # 128-byte swizzle, stride between groups of 8 rows
 
 
-def wgmma_s8(
-    acc: Sequence[I32], a: Sequence[I32], descriptor: I32, *, unsigned: bool = False
-) -> list[I32]:
+def wgmma_s8(acc: Sequence[I32], a: Sequence[I32], descriptor: I32) -> list[I32]:
     """Starts acc += a @ b.T: int8 [64, 32] in registers, b int8 [tokens, 32] in shared memory.
-
-    unsigned: a is uint8.
 
     acc: int32 [64, tokens] in tokens / 2 registers, as mma_s8 per warp and 8 tokens. Neither `acc`
     nor `a` may be touched until `wgmma_wait`.
@@ -106,7 +102,7 @@ def wgmma_s8(
     code = (
         f"{{ .reg .b64 b; .reg .pred add; setp.ne.b32 add, 1, 0; "
         f"mov.b64 b, {{${d + 4}, {_DESCRIPTOR_HIGH}}}; "
-        f"wgmma.mma_async.sync.aligned.m64n{2 * count}k32.s32.{'u8' if unsigned else 's8'}.s8 "
+        f"wgmma.mma_async.sync.aligned.m64n{2 * count}k32.s32.s8.s8 "
         f"{vector(0, count)}, {vector(d, 4)}, b, add; }}"
     )
     return change_in_place(code, acc, *a, descriptor)

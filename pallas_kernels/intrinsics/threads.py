@@ -52,6 +52,13 @@ def sync_cluster() -> None:
     )
 
 
+def meet_cluster() -> None:
+    """As `sync_cluster`, but orders no memory, and so waits for none: before a block ends, from
+    whose shared memory others have loaded what they have stored since."""
+    sync_warp()
+    do_ptx("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;", convergent=True)
+
+
 def set_max_registers(count: int, *, increase: bool) -> None:
     """How many registers each thread of this warpgroup has from here on; a multiple of 8."""
     action = "inc" if increase else "dec"
@@ -81,10 +88,10 @@ def exchange[R: (I32, F32)](value: R, lanes: int) -> R:
     return ptx_value(type(value), code, value, convergent=True)
 
 
-def value_of_lane(value: F32, lane: I32) -> F32:
+def value_of_lane[R: (I32, F32)](value: R, lane: I32 | int) -> R:
     """The value that a lane of the warp holds; each asks for its own."""
     code = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
-    return ptx_value(F32, code, value, lane, convergent=True)
+    return ptx_value(type(value), code, value, lane, convergent=True)
 
 
 def any_lane(condition: Predicate) -> Predicate:

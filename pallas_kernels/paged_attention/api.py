@@ -90,7 +90,8 @@ def paged_attention(
       default min(T, context_lens): one token, or a fresh prompt.
     attends: "full" reads new_k, new_v float[B, T, K, H] unquantised, and the pages for the tokens
       before them (QServe's way); "quantized" reads every token, the new ones included, as stored,
-      so that the result does not depend on how a prompt was split (append first).
+      so that the result does not depend on how a prompt was split (append first). new_k and new_v
+      must be finite in padding too: 0 * NaN is NaN.
     window: a query sees the last `window` positions, its own included. softcap: tanh cap of scores.
     sm_scale: factor of the scores, default H**-0.5.
     order: i32[B], the rows in the order in which a kernel takes them, see `longest_first`; it

@@ -23,14 +23,19 @@ def takes(
 def attention(
     q: Array, k: Array | None, v: Array | None, query_lens: Array, options: dict[str, Any]
 ) -> Array:
-    """q [B, T, N, H], k and v [B, T, K, H], query_lens i32[B] -> like q; padding rows are zeros.
+    """q [B, T, N, H], k and v [B, T, K, H], query_lens i32[B] -> like q.
 
-    Raises NotImplementedError where JAX finds no cuDNN.
+    cuDNN gives zeros for padding rows, and a NaN of padding in k or v to the real rows of its
+    sequence: no mask is added, which would read and write the output once more.
+
+    Raises NotImplementedError where JAX finds no cuDNN, or one that it knows not to do this: it
+    looks while it traces. What cuDNN itself refuses is known when the program is compiled, when no
+    other kernel can be chosen, and is an error then: use attends="quantized".
     """
     assert k is not None and v is not None
     lens, window = query_lens.astype(jnp.int32), options["window"]
     try:
-        out = jax.nn.dot_product_attention(
+        return jax.nn.dot_product_attention(
             q,
             k,
             v.astype(q.dtype),
@@ -44,5 +49,3 @@ def attention(
     except RuntimeError as error:
         line = str(error).strip().splitlines()[0]
         raise NotImplementedError(f"fresh prompts are cuDNN's, but {line}") from error
-    real = jnp.arange(q.shape[1]) < lens[:, None]
-    return jnp.where(real[:, :, None, None], out, 0)

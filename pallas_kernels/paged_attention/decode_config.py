@@ -2,7 +2,7 @@
 
 A worker is a warpgroup with a ring of pages of its own. The workers of a (row, KV head) take its
 pages in turn: `warpgroups` in a block, `cluster` blocks that add up in each other's shared memory
-(Hopper), `splits` blocks that add up through memory in a second step.
+(Hopper), `splits` clusters, or blocks, that add up through memory in a second step.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ FEW_BLOCKS = 2 * SMS
 RING_BYTES = 26_112
 """Pages under way for each worker: three of 4 bits and head_dim 128, four workers an SM."""
 SHARED_LIMIT = 232_448
-PAGES_EACH = 1
-"""Pages that a worker should have at least, where the table is that wide."""
+PAGES_EACH = 2
+"""Pages that a block should have at least, where the table is that wide."""
+WARPGROUP_PAGES = {2: 8, 4: 32}
+"""Pages that a block should have for so many warpgroups: with fewer, adding up costs more."""
 SPLIT_PAGES = 32
 """Pages that a split should have at least: below, adding up through memory costs more."""
+SPLIT_CLUSTER = 4
+"""Blocks of a cluster where there are splits, too. Of eight, too few may fit the GPU at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,25 +61,31 @@ def choose_config(p: Problem, *, clusters: bool) -> DecodeConfig:
     stages = min(6, max(2, round(RING_BYTES / p.block_bytes), 3 if p.bits == 8 else 2))
     pages = p.width if p.window is None else min(p.width, -(-p.window // PAGE) + 1)
     blocks = p.rows * p.head_blocks
+    cluster, splits = _spread(max(1, SMS // max(blocks, 1)), pages, clusters)
+    blocks *= cluster * splits
     wanted = 1 if blocks >= FEW_BLOCKS else -(-2 * FEW_BLOCKS // max(blocks, 1))
-    wanted = max(1, min(wanted, -(-pages // PAGES_EACH)))
-    warpgroups = _power_of_two(min(4, wanted))
-    while warpgroups > 1 and not _fits(p, DecodeConfig(stages, warpgroups)):
-        warpgroups //= 2
-    room = max(1, SMS // max(blocks, 1))  # blocks of a row that still run at once
-    cluster = _power_of_two(min(8, room, wanted // warpgroups)) if clusters else 1
-    splits = min(room, wanted // warpgroups, pages // SPLIT_PAGES)
-    if splits >= 2 * cluster:  # eight blocks of a cluster leave most of the GPU idle
-        return DecodeConfig(stages, warpgroups, 1, splits)
-    return DecodeConfig(stages, warpgroups, cluster, 1)
+    mine = pages // (cluster * splits)
+    for warpgroups in (4, 2):
+        config = DecodeConfig(stages, warpgroups, cluster, splits)
+        enough = wanted >= warpgroups and mine >= WARPGROUP_PAGES[warpgroups]
+        if enough and shared_memory(p, config).size <= SHARED_LIMIT:
+            return config
+    return DecodeConfig(stages, 1, cluster, splits)
+
+
+def _spread(room: int, pages: int, clusters: bool) -> tuple[int, int]:
+    """Blocks of a cluster, and splits, for the pages of a row, of which `room` blocks run at once.
+
+    A cluster adds up in the same launch, and splits in another: they are for more than a cluster.
+    """
+    cluster = _power_of_two(min(8, room, pages // PAGES_EACH)) if clusters else 1
+    smaller = min(cluster, SPLIT_CLUSTER)
+    splits = min(room // smaller, pages // SPLIT_PAGES)
+    return (smaller, splits) if smaller * splits >= 2 * cluster else (cluster, 1)
 
 
 def _power_of_two(limit: int) -> int:
     return 1 << max(limit, 1).bit_length() - 1
-
-
-def _fits(p: Problem, config: DecodeConfig) -> bool:
-    return shared_memory(p, config).size <= SHARED_LIMIT
 
 
 def check_config(p: Problem, config: DecodeConfig) -> None:
@@ -86,7 +96,6 @@ def check_config(p: Problem, config: DecodeConfig) -> None:
         (config.warpgroups not in (1, 2, 4), "warpgroups must be 1, 2 or 4"),
         (config.cluster not in (1, 2, 4, 8), "cluster must be 1, 2, 4 or 8"),
         (config.splits < 1, "splits must be at least 1"),
-        (config.cluster > 1 < config.splits, "cluster or splits must be 1"),
         (size > SHARED_LIMIT, f"takes {size} bytes of shared memory, at most {SHARED_LIMIT}"),
     ):
         if wrong:

@@ -7,11 +7,12 @@ launches repeat bit for bit.
 from __future__ import annotations
 
 import functools
+import operator
 
 import jax.numpy as jnp
 
 from qserve_jax.pallas_kernels import intrinsics as ptx
-from qserve_jax.pallas_kernels.intrinsics import F32, I32, Address
+from qserve_jax.pallas_kernels.intrinsics import F32, I32
 from qserve_jax.pallas_kernels.paged_attention.decode_config import DecodeConfig
 from qserve_jax.pallas_kernels.paged_attention.decode_problem import COLUMNS, Problem
 from qserve_jax.pallas_kernels.paged_attention.decode_query import State
@@ -27,33 +28,39 @@ def merge(p: Problem, config: DecodeConfig, t: Thread, state: State) -> None:
     state = _add_lanes(state)
     _share_tops(t, state)
     ptx.sync_block(config.threads)
-    top, total = _block_tops(config, t)
-    _share_sums(p, config, t, state, top, total)
+    _share_sums(p, t, state, _block_top(config, t))
     ptx.sync_block(config.threads)
-    per_head = p.head_dim // 8
-    with ptx.when(t.index < t.block_heads * per_head):
-        head, part = t.index // per_head, t.index % per_head
-        sums = _add_warps(config, t, head, part)
+    dims = _dims_each(p, config)
+    with ptx.when(t.index < t.block_heads * (p.head_dim // dims)):
+        head, first = t.index // (p.head_dim // dims), t.index % (p.head_dim // dims) * dims
+        sums, total = _add_warps(config, t, head, first, dims)
         if config.alone:
-            row = _output_row(p, t, t.gmem["out"], head)
-            ptx.store_words(row.advance(part * 8, _size(p)), ptx.words_of(sums, p.q_dtype))
-        elif config.splits > 1:
-            _store_partial(p, t, head, part, sums)
+            _store_output(p, t, head, first, sums, total)
+        elif config.cluster == 1:
+            _store_partial(p, t, head, first, sums, _top_of_block(t, head), total)
         else:
-            target = t.shared + t.memory.block + head * (4 * p.head_dim) + part * 32
+            target = t.shared + t.memory.block + head * (4 * p.head_dim) + first * 4
             _store_shared_floats(target, sums)
+            with ptx.when(first.is_(0)):
+                ptx.store_shared(t.shared + t.memory.block_tops + head * 8, total, 4)
     if config.cluster > 1:
         ptx.sync_cluster()
         _add_cluster(p, config, t)
-        ptx.sync_cluster()  # no block may end while another reads its shared memory
+        ptx.meet_cluster()  # no block may end while another reads its shared memory
 
 
 def _size(p: Problem) -> int:
     return jnp.dtype(p.q_dtype).itemsize
 
 
-def _output_row(p: Problem, t: Thread, out: Address, head: I32) -> Address:
-    return out.advance(t.row * p.heads + t.first_head + head, p.head_dim * _size(p))
+def _store_output(
+    p: Problem, t: Thread, head: I32, first: I32, sums: list[F32], total: F32
+) -> None:
+    """The dims `first` and on of a query head."""
+    row = t.row * p.heads + t.first_head + head
+    target = t.gmem["out"].advance(row, p.head_dim * _size(p)).advance(first, _size(p))
+    scale = inverse(total)
+    ptx.store_words(target, ptx.words_of([s * scale for s in sums], p.q_dtype))
 
 
 def _store_shared_floats(target: I32, values: list[F32]) -> None:
@@ -78,31 +85,15 @@ def _add_lanes(state: State) -> State:
 
 
 def _share_tops(t: Thread, state: State) -> None:
-    tops = t.shared + t.memory.tops + t.warp * 64 + t.c * 8
     with ptx.when(t.g.is_(0)):
-        for k in range(2):
-            ptx.store_shared(tops, state.top[k], 4 * k)
-            ptx.store_shared(tops, state.total[k], 32 + 4 * k)
+        _store_shared_floats(t.shared + t.memory.tops + t.warp * 64 + t.c * 8, state.top)
 
 
-def _block_tops(config: DecodeConfig, t: Thread) -> tuple[list[F32], list[F32]]:
-    """Of the lane's two columns, over all warps: the largest exponent, and the total."""
+def _block_top(config: DecodeConfig, t: Thread) -> list[F32]:
+    """Of the lane's two columns, over all warps: the largest exponent."""
     tops = t.shared + t.memory.tops + t.c * 8
-    largest, totals = [], []
-    for k in range(2):
-        top, total = (
-            [
-                ptx.load_shared(tops, 64 * warp + offset + 4 * k, kind=F32)[0]
-                for warp in range(config.warps)
-            ]
-            for offset in (0, 32)
-        )
-        best, together = functools.reduce(ptx.float_maximum, top), ptx.constant_float(0)
-        for a, b in zip(top, total, strict=True):
-            together = ptx.multiply_add(ptx.exp2(a - best), b, together)
-        largest.append(best)
-        totals.append(together)
-    return largest, totals
+    found = [ptx.load_shared(tops, 64 * warp, count=2, kind=F32) for warp in range(config.warps)]
+    return [functools.reduce(ptx.float_maximum, column) for column in zip(*found, strict=True)]
 
 
 def inverse(total: F32) -> F32:
@@ -111,40 +102,48 @@ def inverse(total: F32) -> F32:
     return ptx.select_float(total > zero, ptx.reciprocal(total), zero)
 
 
-def _share_sums(
-    p: Problem, config: DecodeConfig, t: Thread, state: State, top: list[F32], total: list[F32]
-) -> None:
-    """Each warp's sums, relative to the block's top, to where the ring was; divided by the total
-    where no other block has a part in it."""
+def _share_sums(p: Problem, t: Thread, state: State, top: list[F32]) -> None:
+    """Each warp's sums, relative to the block's top, to where the ring was, and their totals."""
     stride = t.memory.head_stride
     base = t.shared + t.warp * (COLUMNS * stride) + t.c * (2 * stride) + t.g * (p.head_dim // 2)
-    for k in range(2):
-        factor = ptx.exp2(state.top[k] - top[k])
-        factor = factor * inverse(total[k]) if config.alone else factor
-        sums = [(a + state.centre[k]) * factor for a in state.acc[k::2]]
-        _store_shared_floats(base + k * stride, sums)
-    if config.alone:
-        return
+    factors = [ptx.exp2(own - block) for own, block in zip(state.top, top, strict=True)]
+    with ptx.when(t.c * 2 < t.block_heads):  # the others are padding
+        for k, factor in enumerate(factors):
+            sums = [(a + state.centre[k]) * factor for a in state.acc[k::2]]
+            _store_shared_floats(base + k * stride, sums)
+    with ptx.when(t.g.is_(0)):
+        totals = [x * factor for x, factor in zip(state.total, factors, strict=True)]
+        _store_shared_floats(t.shared + t.memory.tops + t.warp * 64 + t.c * 8 + 32, totals)
     with ptx.when(t.warp.is_(0) & t.g.is_(0)):
         for k in range(2):
-            target = t.shared + t.memory.block_tops + t.c * 16 + 8 * k
-            ptx.store_shared(target, top[k])
-            ptx.store_shared(target, total[k], 4)
+            ptx.store_shared(t.shared + t.memory.block_tops + t.c * 16, top[k], 8 * k)
 
 
-def _add_warps(config: DecodeConfig, t: Thread, head: I32, part: I32) -> list[F32]:
-    """Eight dims of a head, over the warps."""
-    stride = t.memory.head_stride
-    source = t.shared + head * stride + part * 32
-    sums: list[F32] = []
+def _dims_each(p: Problem, config: DecodeConfig) -> int:
+    """Of the outputs of all query heads, how many a thread adds up: 2, 4 or 8 in a row."""
+    heads = min(p.group, COLUMNS)
+    return next(n for n in (2, 4, 8) if heads * p.head_dim <= n * config.threads)
+
+
+def _add_warps(
+    config: DecodeConfig, t: Thread, head: I32, first: I32, dims: int
+) -> tuple[list[F32], F32]:
+    """The dims `first` and on of a head, and its total, over the warps."""
+    stride, size = t.memory.head_stride, min(dims, 4)
+    source = t.shared + head * stride + first * 4
+    totals = t.shared + t.memory.tops + head * 4 + 32
+    found = []
     for warp in range(config.warps):
-        values = [
-            value
-            for half in (0, 16)
-            for value in ptx.load_shared(source, warp * COLUMNS * stride + half, count=4, kind=F32)
-        ]
-        sums = [a + b for a, b in zip(sums, values, strict=True)] if sums else values
-    return sums
+        offsets = range(warp * COLUMNS * stride, warp * COLUMNS * stride + 4 * dims, 4 * size)
+        parts = [ptx.load_shared(source, i, count=size, kind=F32) for i in offsets]
+        parts.append(ptx.load_shared(totals, 64 * warp, kind=F32))
+        found.append([value for part in parts for value in part])
+    *sums, total = (functools.reduce(operator.add, column) for column in zip(*found, strict=True))
+    return sums, total
+
+
+def _top_of_block(t: Thread, head: I32) -> F32:
+    return ptx.load_shared(t.shared + t.memory.block_tops + head * 8, kind=F32)[0]
 
 
 # Of a cluster
@@ -156,41 +155,46 @@ def _add_cluster(p: Problem, config: DecodeConfig, t: Thread) -> None:
     for start in range(0, min(p.group, COLUMNS) * pairs, config.threads):
         item = t.index + start
         with ptx.when(item < t.block_heads * pairs):
-            head, pair = item // pairs, item % pairs + t.rank * pairs
-            sums = _cluster_pair(p, config, t, head, pair)
-            row = _output_row(p, t, t.gmem["out"], head)
-            ptx.store_words(row.advance(pair * 2, _size(p)), ptx.words_of(sums, p.q_dtype))
+            head, first = item // pairs, (item % pairs + t.rank * pairs) * 2
+            sums, top, total = _cluster_pair(p, config, t, head, first)
+            if config.splits > 1:
+                _store_partial(p, t, head, first, sums, top, total)
+            else:
+                _store_output(p, t, head, first, sums, total)
 
 
-def _cluster_pair(p: Problem, config: DecodeConfig, t: Thread, head: I32, pair: I32) -> list[F32]:
+def _cluster_pair(
+    p: Problem, config: DecodeConfig, t: Thread, head: I32, first: I32
+) -> tuple[list[F32], F32, F32]:
+    """Two dims of a head over the blocks: sums, relative to 2**top, top and the total."""
     tops, values = [], []
     for rank in range(config.cluster):
         there = ptx.address_in_block(t.shared + t.memory.block_tops + head * 8, rank)
         tops.append(ptx.load_cluster(there, count=2))
-        where = t.shared + t.memory.block + head * (4 * p.head_dim) + pair * 8
+        where = t.shared + t.memory.block + head * (4 * p.head_dim) + first * 4
         values.append(ptx.load_cluster(ptx.address_in_block(where, rank), count=2))
     best = functools.reduce(ptx.float_maximum, (top for top, _ in tops))
     total, sums = ptx.constant_float(0), [ptx.constant_float(0)] * 2
-    for (top, part), pair_values in zip(tops, values, strict=True):
+    for (top, part), pair in zip(tops, values, strict=True):
         factor = ptx.exp2(top - best)
         total = ptx.multiply_add(factor, part, total)
-        sums = [ptx.multiply_add(factor, v, s) for v, s in zip(pair_values, sums, strict=True)]
-    scale = inverse(total)
-    return [s * scale for s in sums]
+        sums = [ptx.multiply_add(factor, v, s) for v, s in zip(pair, sums, strict=True)]
+    return sums, best, total
 
 
 # Of splits
 
 
-def _store_partial(p: Problem, t: Thread, head: I32, part: I32, sums: list[F32]) -> None:
+def _store_partial(
+    p: Problem, t: Thread, head: I32, first: I32, sums: list[F32], top: F32, total: F32
+) -> None:
     """To the workspace f32[splits, B, N, H + PARTIAL_EXTRA]."""
     row = (t.split * p.rows + t.row) * p.heads + t.first_head + head
     target = t.gmem["out"].advance(row, 4 * (p.head_dim + PARTIAL_EXTRA))
-    ptx.store_words(target.advance(part * 8, 4), [ptx.float_bits(s) for s in sums])
-    with ptx.when(part.is_(0)):
-        tops = ptx.load_shared(t.shared + t.memory.block_tops + head * 8, count=2)
-        zeros = [ptx.constant(0)] * 2
-        ptx.store_words(target.advance(p.head_dim, 4), [*tops, *zeros])
+    ptx.store_words(target.advance(first, 4), [ptx.float_bits(s) for s in sums])
+    with ptx.when(first.is_(0)):
+        words = [ptx.float_bits(top), ptx.float_bits(total), *[ptx.constant(0)] * 2]
+        ptx.store_words(target.advance(p.head_dim, 4), words)
 
 
 def add_splits(p: Problem, partial: Array) -> Array:

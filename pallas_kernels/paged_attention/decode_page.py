@@ -43,10 +43,10 @@ class Seen:
     columns: list[list[Predicate]]
 
 
-def seen_tokens(p: Problem, t: Thread, lane: Lane, i: I32, page: I32) -> Seen:
+def seen_tokens(p: Problem, t: Thread, lane: Lane, i: I32, exists: Predicate) -> Seen:
     """Of the worker's i-th page; none where its id is outside the cache."""
     start = (t.first_page + t.worker + i * t.workers) * PAGE
-    left = ptx.select(t.is_page(p, page), t.last - start, 0)  # tokens from the page's start
+    left = ptx.select(exists, t.last - start, 0)  # tokens from the page's start
     before = t.first - start
 
     def seen(token: I32) -> Predicate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from qserve_jax.pallas_kernels import intrinsics as ptx
 from qserve_jax.pallas_kernels.intrinsics import F32, I32
@@ -29,6 +30,18 @@ class Query:
     starts: list[F32]
     sums: list[F32]
 
+    def registers(self) -> list[Any]:
+        words = [word for parts in self.fragments for part in parts for word in part]
+        return [*words, *self.starts, *self.sums]
+
+    @staticmethod
+    def of(p: Problem, registers: list[Any]) -> Query:
+        *words, a, b, c, d = registers
+        parts = list(zip(words[::2], words[1::2], strict=True))
+        each = 2 if p.splits_query else 1
+        fragments = [parts[i : i + each] for i in range(0, len(parts), each)]
+        return Query(fragments, [a, b], [c, d])
+
 
 @dataclasses.dataclass
 class State:
@@ -54,22 +67,36 @@ class State:
 
 def load_row(ref: ptx.Address, index: I32, first: I32, count: int, h: int, dtype: str) -> list[I32]:
     """Of row `index` of [.., h] the words of the numbers first .. first + count - 1."""
-    size = 4 if dtype == "float32" else 2
+    size = _size(dtype)
     return ptx.load_words(ref.advance(index, h * size).advance(first, size), count * size)
 
 
-def load_query(p: Problem, t: Thread) -> Query:
+def ask_query(p: Problem, t: Thread) -> list[list[I32]]:
     """Lane (g, c): of the query of column g the dims that it reads of K, in the same order."""
     row = t.row * p.heads + t.head_of_column(t.g)
-    piece = min(16, p.side_bytes // 4)  # bytes of K that a lane reads at once
-    dims = piece * 8 // p.bits
+    dims = min(16, p.side_bytes // 4) * 8 // p.bits  # of the bytes of K that a lane reads at once
+    return [
+        load_row(t.gmem["q"], row, t.c * dims + start, dims, p.head_dim, p.q_dtype)
+        for start in range(0, p.head_dim, 4 * dims)
+    ]
+
+
+def make_query(p: Problem, t: Thread, asked: list[list[I32]]) -> Query:
+    """Of what `ask_query` has loaded, where the worker has pages: behind a branch, ptxas leaves it
+    after the copies, which should not wait for it."""
+    count = p.head_dim // 4 * (2 if p.splits_query else 1)
+    nothing = [*[ptx.constant(0)] * (count // 2), *[ptx.constant_float(0)] * 4]
+    made = ptx.branch_values(t.pages > 0, nothing, lambda: _query(p, t, asked).registers())
+    return Query.of(p, made)
+
+
+def _query(p: Problem, t: Thread, asked: list[list[I32]]) -> Query:
     fragments, total, correction = [], ptx.constant_float(0), ptx.constant_float(0)
-    for start in range(0, p.head_dim, 4 * dims):
-        words = load_row(t.gmem["q"], row, t.c * dims + start, dims, p.head_dim, p.q_dtype)
+    for words in asked:
         if p.group % COLUMNS:
             words = [ptx.select(t.g < t.block_heads, w, 0) for w in words]
         values = ptx.floats_of(words, p.q_dtype)
-        for eight in (values[i : i + 8] for i in range(0, dims, 8)):
+        for eight in (values[i : i + 8] for i in range(0, len(values), 8)):
             for order, factor, offset in codes.query_order(p.bits):
                 parts, rounded = _fragments(p, [eight[i] for i in order], factor)
                 fragments.append(parts)
@@ -112,25 +139,47 @@ def finish_score(p: Problem, scaled: F32, minus: F32) -> F32:
     return ptx.multiply_add(tanh, ptx.constant_float(p.softcap * LOG2E), minus)
 
 
-def start_state(p: Problem, t: Thread) -> State:
+def ask_new_token(p: Problem, t: Thread) -> list[I32]:
+    """Of the new token, in the first warp of the first worker: words of q, of k and of v."""
+    if p.new is None:
+        return []
+    h, part = p.head_dim, p.head_dim // 4
+    token = t.row * p.kv_heads + t.kv_head
+    row = t.row * p.heads + t.head_of_column(t.g)
+
+    def load() -> list[I32]:
+        assert p.new is not None
+        q = load_row(t.gmem["q"], row, t.c * part, part, h, p.q_dtype)
+        k = load_row(t.gmem["new_k"], token, t.c * part, part, h, p.new)
+        return [*q, *k, *load_row(t.gmem["new_v"], token, t.g * (h // 8), h // 8, h, p.new)]
+
+    size = part * _size(p.q_dtype) + (part + h // 8) * _size(p.new)
+    nothing = [ptx.constant(0)] * (size // 4)
+    return ptx.branch_values(t.worker.is_(0) & t.quarter.is_(0), nothing, load)
+
+
+def _size(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def start_state(p: Problem, t: Thread, asked: list[I32]) -> State:
     """Nothing; in the first warp of the first worker the new token, where it is to be seen."""
     zero, lowest = ptx.constant_float(0), ptx.constant_float(LOWEST)
     empty = State([zero] * (p.head_dim // 4), [lowest] * 2, [zero] * 2, [zero] * 2)
     if p.new is None:
         return empty
     mine = t.has_new & t.worker.is_(0) & t.quarter.is_(0)
-    found = ptx.branch_values(mine, empty.registers(), lambda: _new_token(p, t).registers())
+    found = ptx.branch_values(mine, empty.registers(), lambda: _new_token(p, t, asked).registers())
     return State.of(found)
 
 
-def _new_token(p: Problem, t: Thread) -> State:
+def _new_token(p: Problem, t: Thread, asked: list[I32]) -> State:
     """The state after one token, in float32."""
     assert p.new is not None
-    h, part = p.head_dim, p.head_dim // 4
-    token = t.row * p.kv_heads + t.kv_head
-    row = t.row * p.heads + t.head_of_column(t.g)
-    q = ptx.floats_of(load_row(t.gmem["q"], row, t.c * part, part, h, p.q_dtype), p.q_dtype)
-    k = ptx.floats_of(load_row(t.gmem["new_k"], token, t.c * part, part, h, p.new), p.new)
+    part = p.head_dim // 4
+    count = part * _size(p.q_dtype) // 4
+    q, rest = ptx.floats_of(asked[:count], p.q_dtype), ptx.floats_of(asked[count:], p.new)
+    k, v = rest[:part], rest[part:]
     score = ptx.constant_float(0)
     for a, b in zip(q, k, strict=True):
         score = ptx.multiply_add(a, b, score)
@@ -138,8 +187,7 @@ def _new_token(p: Problem, t: Thread) -> State:
         score = score + ptx.exchange(score, lanes)
     lift = ptx.constant_float(-LIFT[p.bits])
     top = finish_score(p, score * ptx.constant_float(p.score_factor), lift)
-    v = load_row(t.gmem["new_v"], token, t.g * (h // 8), h // 8, h, p.new)
     zero, weight = ptx.constant_float(0), ptx.constant_float(2.0 ** LIFT[p.bits])
-    acc = [value * weight for value in ptx.floats_of(v, p.new) for _ in range(2)]
+    acc = [value * weight for value in v for _ in range(2)]
     total = ptx.select_float(t.g.is_(0), weight, zero)
     return State(acc, of_columns(t, top), [total] * 2, [zero] * 2)

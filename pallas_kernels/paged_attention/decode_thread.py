@@ -29,8 +29,7 @@ class Thread:
         self.worker = (self.split * config.cluster + self.rank) * config.warpgroups
         self.worker = self.worker + self.warpgroup
         self.workers = config.workers
-        self._find_pages(p)
-        self._go_to_layer(p)
+        self._ask(p)
 
     def _stand(self, p: Problem, config: DecodeConfig, index: I32, warp: I32, block: I32) -> None:
         self.index, self.warp, self.block = index, warp, block
@@ -62,22 +61,29 @@ class Thread:
         row = ptx.load_global(self.gmem["order"].advance(index, 4))[0]
         return ptx.minimum(ptx.maximum(row, 0), p.rows - 1)
 
-    def _find_pages(self, p: Problem) -> None:
-        """Cached tokens first .. last - 1 are seen, in pages first_page + worker + i workers."""
-        table = self.gmem["table"].advance(self.row, 4 * p.width)
-        self.table = table
-        length = ptx.load_global(self.gmem["context_lens"].advance(self.row, 4))[0]
-        self.last = length
+    def _ask(self, p: Problem) -> None:
+        """The numbers of the row are on their way; only a window makes use of one already."""
+        self.table = self.gmem["table"].advance(self.row, 4 * p.width)
+        self.length = ptx.load_global(self.gmem["context_lens"].advance(self.row, 4))[0]
         if p.new:
-            new = ptx.load_global(self.gmem["query_lens"].advance(self.row, 4))[0] > 0
-            self.has_new = new & (length > 0)
-            self.last = length - ptx.select(self.has_new, 1, 0)
-        first = ptx.constant(0) if p.window is None else ptx.maximum(length - p.window, 0)
-        self.first = first
-        self.first_page = first // PAGE
+            self.query_len = ptx.load_global(self.gmem["query_lens"].advance(self.row, 4))[0]
+        if p.layers is not None:
+            self.layer = ptx.load_global(self.gmem["layer"])[0]
+        self.first = ptx.constant(0)
+        if p.window is not None:
+            self.first = ptx.maximum(self.length - p.window, 0)
+        self.first_page = self.first // PAGE
+
+    def find_pages(self, p: Problem) -> None:
+        """Cached tokens first .. last - 1 are seen, in pages first_page + worker + i workers."""
+        self.last = self.length
+        if p.new:
+            self.has_new = (self.query_len > 0) & (self.length > 0)
+            self.last = self.length - ptx.select(self.has_new, 1, 0)
         pages = (ptx.maximum(self.last, 0) + (PAGE - 1)) // PAGE
         mine = ptx.minimum(pages, p.width) - self.first_page - self.worker
         self.pages = (ptx.maximum(mine, 0) + (self.workers - 1)) // self.workers
+        self._go_to_layer(p)
 
     def head_of_column(self, column: I32) -> I32:
         """The query head of one of the eight columns; those beyond the last repeat it."""
@@ -101,8 +107,7 @@ class Thread:
         below 0, and is clamped."""
         pages = self.gmem["pages"]
         if p.layers is not None:
-            layer = ptx.load_global(self.gmem["layer"])[0]
-            layer = ptx.select(layer < 0, layer + p.layers, layer)
+            layer = ptx.select(self.layer < 0, self.layer + p.layers, self.layer)
             layer = ptx.minimum(ptx.maximum(layer, 0), p.layers - 1)
             pages = pages.advance(layer, p.num_pages * p.kv_heads * p.block_bytes)
         self.heads_pages = pages.advance(self.kv_head, p.block_bytes)

@@ -31,7 +31,9 @@ from qserve_jax.pallas_kernels.paged_attention.decode_merge import (
 from qserve_jax.pallas_kernels.paged_attention.decode_problem import Problem, gather
 from qserve_jax.pallas_kernels.paged_attention.decode_query import (
     State,
-    load_query,
+    ask_new_token,
+    ask_query,
+    make_query,
     start_state,
 )
 from qserve_jax.pallas_kernels.paged_attention.decode_thread import Thread
@@ -39,14 +41,16 @@ from qserve_jax.quantization.qtensor import Array
 
 
 class Copies(Protocol):
-    """How a worker's ring is filled. ahead: how many pages before its turn a page is asked for."""
+    """How a worker's ring is filled."""
 
-    ahead: int
+    def prepare(self) -> I32:
+        """What can be done before lengths have come -> the id of the worker's first page."""
+        ...
 
     def start(self) -> None:
         """The first pages are on their way."""
 
-    def wait(self, i: I32, slot: I32, parity: I32, later: I32) -> I32:
+    def wait(self, i: I32, slot: I32, parity: I32) -> I32:
         """Until the i-th page has come, in this slot -> its address."""
         ...
 
@@ -54,7 +58,7 @@ class Copies(Protocol):
         """This warp has read the slot."""
 
     def refill(self, i: I32, slot: I32, parity: I32, later: I32) -> None:
-        """Ask for page i + ahead, whose id is `later`, when the slot is free."""
+        """Ask for page i + stages, whose id is `later`, when the slot is free."""
 
 
 MakeCopies = Callable[[Problem, DecodeConfig, Thread, Any], Copies]
@@ -110,31 +114,34 @@ def _body(
     operands, (out, shared, *barriers) = refs[: len(names)], refs[len(names) :]
     t = Thread(p, config, dict(zip(names, operands, strict=True)) | {"out": out}, shared)
     copies = make_copies(p, config, t, barriers)
+    asked, new = ask_query(p, t), ask_new_token(p, t)
+    first = copies.prepare()
+    t.find_pages(p)  # the first statement that waits for memory
     copies.start()
-    query = load_query(p, t)
+    query = make_query(p, t, asked)
     ptx.sync_block(config.threads)  # barriers are initialised
-    state = start_state(p, t)  # one warp's: the others need not wait for it
-    state = _main_loop(p, config, t, copies, query, state)
+    state = start_state(p, t, new)  # one warp's: the others need not wait for it
+    state = _main_loop(p, config, t, copies, query, state, first)
     merge(p, config, t.again(p, config), state)
 
 
-def _main_loop(p: Problem, config: DecodeConfig, t: Thread, copies: Copies, query, state: State):
+def _main_loop(
+    p: Problem, config: DecodeConfig, t: Thread, copies: Copies, query, state: State, first: I32
+) -> State:
+    """first: the id of the worker's first page. Whether a page exists is asked a page ahead."""
     lane = page.Lane(p, t)
     early = p.bits == 4  # V fits in registers beside K, and the slot is free sooner
 
     def step(i: I32, carry: list[Any]) -> list[Any]:
-        *registers, slot, parity = carry
+        *registers, slot, parity, exists = carry
         state = State.of(registers)
-        now, later = (
-            t.page_id(p, i),
-            t.page_id(p, i + copies.ahead),
-        )  # read before they are waited for
-        block = copies.wait(i, slot, parity, later)
+        block = copies.wait(i, slot, parity)
         keys, words = page.load_keys(p, lane, block), page.load_scales(p, lane, block)
         values = page.load_values(p, lane, block) if early else None
         if early:
             copies.release(slot)
-        seen = page.seen_tokens(p, t, lane, i, now)
+        following, later = t.page_id(p, i + 1), t.page_id(p, i + config.stages)
+        seen = page.seen_tokens(p, t, lane, i, exists)
         products = page.key_products(p, query, keys)
         key_scales, value_scales = page.unpack_scales(p, words, seen)
         score = functools.partial(page.scores, p, query, products, key_scales, seen)
@@ -153,7 +160,8 @@ def _main_loop(p: Problem, config: DecodeConfig, t: Thread, copies: Copies, quer
             *state.registers(),
             ptx.select(last, 0, slot + 1),
             ptx.select(last, parity ^ 1, parity),
+            t.is_page(p, following),
         ]
 
-    start = [*state.registers(), ptx.constant(0), ptx.constant(0)]
-    return State.of(ptx.loop(t.pages, start, step)[:-2])
+    start = [*state.registers(), ptx.constant(0), ptx.constant(0), t.is_page(p, first)]
+    return State.of(ptx.loop(t.pages, start, step)[:-3])

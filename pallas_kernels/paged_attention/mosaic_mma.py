@@ -22,7 +22,7 @@ class ThreadCopies:
     stages - 1 ahead then goes where that one was."""
 
     def __init__(self, p: Problem, config: DecodeConfig, t: Thread, barriers: list[Any]):
-        self.p, self.t, self.stages, self.ahead = p, t, config.stages, config.stages - 1
+        self.p, self.t, self.stages = p, t, config.stages
 
     def _copy(self, slot: I32, i: I32, page: I32) -> None:
         """The warp's tokens of K and V, their scales, if there is such a page; a group anyway."""
@@ -46,15 +46,19 @@ class ThreadCopies:
                     ptx.copy_16_bytes(target + first, source.advance(first, 1))
         ptx.commit_copies()
 
+    def prepare(self) -> I32:
+        return self.t.page_id(self.p, 0)
+
     def start(self) -> None:
         for i in range(self.stages - 1):
             self._copy(ptx.constant(i), ptx.constant(i), self.t.page_id(self.p, i))
 
-    def wait(self, i: I32, slot: I32, parity: I32, later: I32) -> I32:
+    def wait(self, i: I32, slot: I32, parity: I32) -> I32:
+        later = self.t.page_id(self.p, i + (self.stages - 1))  # on its way before the wait
         ptx.wait_copies(self.stages - 2)
         ptx.sync_warp()
         previous = ptx.select(slot.is_(0), self.stages - 1, slot - 1)
-        self._copy(previous, i + self.ahead, later)
+        self._copy(previous, i + (self.stages - 1), later)
         return self.t.ring + slot * self.p.block_bytes
 
     def release(self, slot: I32) -> None:

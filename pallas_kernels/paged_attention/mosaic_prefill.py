@@ -1,19 +1,20 @@
-"""Many new tokens attend to the pages before them and to each other, from sm_80 on.
+"""Attention of many new tokens to the pages before them and to each other, from sm_80 on.
 
 For chunks of a prompt, whose earlier tokens are in the cache, quantised. A block takes 128 query
 rows of a KV head (its G query heads, token by token), 16 a warp, and goes over the keys that some
 of them see, 64 at a time (FlashAttention 2):
 
-    store      the tile, fetched during the last step, dequantised to shared memory (prefill_tile)
-    fetch      the words of the next tile
-    scores     q @ k by mma.sync; of a quantised page sk * (q @ code) + ck * sum(q)
+    store      the next tile, fetched during the last step, dequantised to shared memory
+    fetch      the words of the one after it (both: prefill_tile)
+    scores     q @ k by mma.sync
     softmax    online, in powers of two, in float32 (prefill_rows)
     values     acc += weights @ v
 
 First the pages, then, where new tokens are attended unquantised, the new ones. The tensor core
-multiplies float16: codes and bf16 numbers are exact in it, up to its range of 65504 (also of a
-cache's scales), weights and dequantised values are rounded to it. Nothing is ever dequantised but
-the tile at hand. Its arithmetic is tested thread by thread in numpy.
+multiplies float16: bf16 numbers are exact in it, up to its range of 65504 (also of a cache's
+scales), weights and what is dequantised are rounded to it. Nothing is ever dequantised but two
+tiles. The maximum is lazy: it follows only scores that lie far above it, which few tiles have, and
+only then all sums are rescaled. The arithmetic is tested thread by thread in numpy.
 
 Hopper has its own kernel with wgmma, sm90_prefill.
 """
@@ -99,43 +100,53 @@ def _launch(p: Problem, operands: Sequence[Array], arch: tuple[int, int] | None)
 def _body(p: Problem, q: Any, lens: Any, table: Any, pages: Any, *refs: Any) -> None:
     """The kernel. refs: new K and V where they are attended, the layer, output, shared memory."""
     *more, out, shared = refs
-    b = prefill_rows.block(p, ptx.block_index(), ptx.global_address(lens))
+    thread, lens = ptx.thread_index(), ptx.global_address(lens)
+    b = prefill_rows.block(p, ptx.block_index(), lens, thread)
     words = prefill_rows.fetch_query(p, b, ptx.global_address(q))
-    query = prefill_rows.query_operands(p, words)
-    sums, state = prefill_rows.row_sums(query), State.start(p)
+    query, state = prefill_rows.query_operands(p, words), State.start(p)
     for source in prefill_tile.sources(p, table, pages, more).of(b):
-        state = _attend(p, b, source, ptx.shared_address(shared), query, sums, state)
+        state = _attend(p, b, source, ptx.shared_address(shared), query, state)
+    # Computed again, so that fewer registers are kept.
+    b = prefill_rows.block(p, ptx.block_index(), lens, ptx.opaque(thread))
     prefill_rows.store_output(p, b, ptx.global_address(out), state)
 
 
 def _attend(
-    p: Problem, b: Block, source: Source, shared: I32, query: Any, sums: list[F32], state: State
+    p: Problem, b: Block, source: Source, shared: I32, query: list[list[I32]], state: State
 ) -> State:
-    """Over all tiles of a source."""
-    page = source.page(ptx.constant(0))
-    fetched = _fetch(source, page)
+    """Over all tiles of a source. One tile is stored while another is read."""
+
+    def valid(i: I32, page: I32) -> I32:
+        """How many tokens of the i-th tile are there."""
+        return (source.end - source.begin(i)) * source.exists(page)
+
+    def store(i: I32, page: I32, words: list[I32]) -> None:
+        _store(p, source, shared + (i & 1) * p.tile_bytes, words, valid(i, page))
 
     def step(i: I32, carry: list[Any]) -> list[Any]:
-        page, words = carry[0], carry[1 : 1 + len(fetched)]
-        found = State.of(carry[1 + len(fetched) :])
-        begin = source.begin(i)
-        ptx.sync_block(THREADS)  # the last tile has been read
-        count = (source.end - begin) * source.exists(page)
-        _store(p, source, shared, words, count)
-        following = source.page(i + 1)
-        words = _fetch(source, following)
-        ptx.sync_block(THREADS)
-        scores = _scores(p, b, source, shared, query, sums)
+        page, following, words = carry[0], carry[1], carry[2 : 2 + size]
+        found = State.of(carry[2 + size :])
+        ptx.sync_block(THREADS)  # this tile is stored, and the last has been read
+        store(i + 1, following, words)
+        later = source.page(i + 2)
+        tile, begin, count = shared + (i & 1) * p.tile_bytes, source.begin(i), valid(i, page)
         bounds = [prefill_rows.seen(p, b, row, begin, count) for row in b.rows]
-        found, weights = prefill_rows.weigh(found, prefill_rows.masked(b, scores, bounds))
-        found.acc = _add_values(p, b, shared, found.acc, prefill_rows.weight_words(weights))
-        return [following, *words, *found.registers()]
+        scores = prefill_rows.mask(b, _scores(p, b, tile, query), bounds)
+        words = _fetch(source, later)  # not before: registers are scarce
+        found, weights = prefill_rows.weigh(p, found, scores)
+        found.acc = _add_values(p, b, tile, found.acc, weights)
+        return [following, later, *words, *found.registers()]
 
-    last: list[Any] = ptx.loop(source.count, [page, *fetched, *state.registers()], step)
-    return State.of(last[1 + len(fetched) :])
+    page, following = (source.page(ptx.constant(i)) for i in range(2))
+    ptx.sync_block(THREADS)  # another source's last tile has been read
+    store(ptx.constant(0), page, _fetch(source, page))
+    words = _fetch(source, following)
+    size = len(words)
+    last: list[Any] = ptx.loop(source.count, [page, following, *words, *state.registers()], step)
+    return State.of(last[2 + size :])
 
 
-# A tile: K, V in rows of p.stride bytes, then of K (scale, centre) in float32
+# A tile: K, then V, in rows of p.stride bytes
 
 
 def _items(source: Source) -> list[tuple[I32, I32]]:
@@ -152,18 +163,13 @@ def _fetch(source: Source, page: I32) -> list[I32]:
     return [word for item in _items(source) for word in source.fetch(page, *item)]
 
 
-def _store(p: Problem, source: Source, shared: I32, words: Sequence[I32], count: I32) -> None:
+def _store(p: Problem, source: Source, tile: I32, words: Sequence[I32], count: I32) -> None:
     """What was fetched; `count` tokens of the tile are there."""
     items = _items(source)
     each = len(words) // len(items)
     for i, (token, chunk) in enumerate(items):
-        mine = words[i * each : (i + 1) * each]
-        k, v = prefill_tile.halves(source, mine, token < count)
-        if source.bits < 16:
-            pair = [ptx.float_bits(x) for x in ptx.unpack_halves(mine[8], "float16")]
-            with ptx.when(chunk.is_(0)):
-                ptx.store_shared_words(shared + token * 8, pair, p.scales_at)
-        at = shared + token * p.stride + chunk * (4 * len(k))
+        k, v = prefill_tile.halves(source, words[i * each : (i + 1) * each], token < count)
+        at = tile + token * p.stride + chunk * (4 * len(k))
         for offset, side in ((0, k), (p.values_at, v)):
             for j in range(0, len(side), 4):
                 ptx.store_shared_words(at, side[j : j + 4], offset + 4 * j)
@@ -172,12 +178,10 @@ def _store(p: Problem, source: Source, shared: I32, words: Sequence[I32], count:
 # Products of a warp. Fragments: PTX ISA, m16n8k16.
 
 
-def _scores(
-    p: Problem, b: Block, source: Source, shared: I32, query: Any, sums: list[F32]
-) -> list[list[F32]]:
-    """For each 8 keys: rows g (two keys) and g + 8, in powers of two."""
-    factor, zero = ptx.constant_float(p.score_factor), ptx.constant_float(0)
-    matrix = shared + (b.lane & 7) * p.stride + (b.lane >> 3) * 16
+def _scores(p: Problem, b: Block, tile: I32, query: list[list[I32]]) -> list[F32]:
+    """q @ k. For each 8 keys: rows g (two keys) and g + 8."""
+    zero = ptx.constant_float(0)
+    matrix = tile + (b.lane & 7) * p.stride + (b.lane >> 3) * 16
     scores = []
     for key in range(0, TILE, 8):
         acc = [zero] * 4
@@ -185,23 +189,16 @@ def _scores(
             words = ptx.load_matrix(matrix, key * p.stride + 2 * dim)
             acc = ptx.mma_halves(acc, query[dim // 16], words[:2], "float16")
             acc = ptx.mma_halves(acc, query[dim // 16 + 1], words[2:], "float16")
-        if source.bits < 16:
-            scales = ptx.load_shared(shared + b.c * 16, p.scales_at + 8 * key, count=4, kind=F32)
-            acc = [
-                ptx.multiply_add(scales[2 * (i % 2)], x, scales[2 * (i % 2) + 1] * sums[i // 2])
-                for i, x in enumerate(acc)
-            ]
-        scores.append([x * factor for x in acc])
+        scores += acc
     return scores
 
 
-def _add_values(
-    p: Problem, b: Block, shared: I32, acc: list[F32], weights: list[list[I32]]
-) -> list[F32]:
+def _add_values(p: Problem, b: Block, tile: I32, acc: list[F32], weights: list[I32]) -> list[F32]:
     """acc [16 rows, H] + weights @ v."""
     acc = list(acc)
-    matrix = shared + (b.lane & 15) * p.stride + (b.lane >> 4) * 16
-    for key, a in zip(range(0, TILE, 16), weights, strict=True):
+    matrix = tile + (b.lane & 15) * p.stride + (b.lane >> 4) * 16
+    for key in range(0, TILE, 16):
+        a = weights[key // 4 : key // 4 + 4]
         for dim in range(0, p.head_dim, 16):
             offset = p.values_at + key * p.stride + 2 * dim
             words = ptx.load_matrix(matrix, offset, transposed=True)

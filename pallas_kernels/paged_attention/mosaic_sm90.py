@@ -14,14 +14,15 @@ from qserve_jax.pallas_kernels.paged_attention.decode_thread import Thread
 
 
 class BulkCopies:
-    """The first thread of a worker copies. Of each slot a barrier counts the bytes that came, and
-    another the four warps that have read it."""
+    """The first thread of a worker copies; the first pages its first threads, one each. Of each
+    slot a barrier counts the bytes that came, and another the four warps that have read it."""
 
     def __init__(self, p: Problem, config: DecodeConfig, t: Thread, barriers: list[Any]):
-        self.p, self.t, self.stages, self.ahead = p, t, config.stages, config.stages
+        self.p, self.t, self.stages = p, t, config.stages
         (ref,) = barriers
         self.barriers = ptx.shared_address(ref) + t.warpgroup * (16 * config.stages)
-        self.copies = (t.index & 127).is_(0)
+        self.mine = t.index & 127
+        self.copies = self.mine.is_(0)
 
     def _full(self, slot: I32) -> I32:
         return self.barriers + slot * 8
@@ -35,19 +36,21 @@ class BulkCopies:
         target = self.t.ring + slot * size
         ptx.copy_to_shared(target, self.t.page_source(self.p, page), size, self._full(slot))
 
-    def start(self) -> None:
-        slots = [ptx.constant(i) for i in range(self.stages)]
-        pages = [self.t.page_id(self.p, i) for i in range(self.stages)]
+    def prepare(self) -> I32:
+        self.page = self.t.page_id(self.p, ptx.minimum(self.t.lane, self.stages - 1))
         with ptx.when(self.copies):
-            for slot in slots:
+            for slot in map(ptx.constant, range(self.stages)):
                 ptx.init_barrier(self._full(slot), arrivals=1)
                 ptx.init_barrier(self._empty(slot), arrivals=4)
             ptx.publish_barriers()
-            for slot, page in zip(slots, pages, strict=True):
-                with ptx.when(slot < self.t.pages):
-                    self._copy(slot, page)
+        ptx.sync_warp()
+        return ptx.value_of_lane(self.page, 0)
 
-    def wait(self, i: I32, slot: I32, parity: I32, later: I32) -> I32:
+    def start(self) -> None:
+        with ptx.when((self.mine < self.stages) & (self.mine < self.t.pages)):
+            self._copy(self.mine, self.page)
+
+    def wait(self, i: I32, slot: I32, parity: I32) -> I32:
         ptx.wait(self._full(slot), parity)
         return self.t.ring + slot * self.p.block_bytes
 

@@ -17,8 +17,8 @@ ROWS = 16 * WARPS
 """Query rows of a block, 16 a warp: the query heads of a KV head, token by token."""
 MINUS_FAR = -1e30
 """A row's maximum before it has seen a key."""
-LAZY = 8
-"""How far a score may rise above its row's maximum before that follows, in powers of two."""
+MARGIN = 8.0
+"""How far in powers of two scores may lie above the maximum that weights are relative to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +74,7 @@ class Problem:
         """From q @ k to the exponent of two."""
         return self.sm_scale * math.log2(math.e)
 
-    # Shared memory of mosaic_prefill, in bytes: K, V [TILE] rows of halves, and of K (scale, centre)
-    # in float32.
+    # Shared memory of mosaic_prefill, in bytes: two tiles, of K and V [TILE] rows of halves each.
 
     @property
     def stride(self) -> int:
@@ -87,12 +86,12 @@ class Problem:
         return TILE * self.stride
 
     @property
-    def scales_at(self) -> int:
+    def tile_bytes(self) -> int:
         return 2 * TILE * self.stride
 
     @property
     def shared_bytes(self) -> int:
-        return self.scales_at + 8 * TILE
+        return 2 * self.tile_bytes
 
 
 def problem(
@@ -123,6 +122,7 @@ def problem(
     refuse(f"new_k of {new} with q of {q.dtype}", new == q.dtype.name, "one dtype")
     refuse(f"a 16-bit cache of {stored}", cache.bits < 16 or stored in HALVES, f"one of {HALVES}")
     refuse(f"a softcap of {softcap}", softcap is None, "none")
+    refuse(f"an sm_scale of {sm_scale}", sm_scale is None or sm_scale > 0, "more than 0")
     refuse(f"{b} rows of {cache.num_pages} pages", b * cache.num_pages > 0, "at least 1")
     return Problem(
         *(b, t, n, cache.num_kv_heads, h, q.dtype.name),

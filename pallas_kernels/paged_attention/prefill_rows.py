@@ -8,13 +8,13 @@ ISA, fragments of m16n8k16; a warp of wgmma has the same).
 from __future__ import annotations
 
 import dataclasses
-import functools
+import operator
 from collections.abc import Callable
 
 from qserve_jax.pallas_kernels import intrinsics as ptx
 from qserve_jax.pallas_kernels.intrinsics import F32, I32, Address
 from qserve_jax.pallas_kernels.paged_attention.prefill_problem import (
-    LAZY,
+    MARGIN,
     MINUS_FAR,
     ROWS,
     TILE,
@@ -25,7 +25,7 @@ from qserve_jax.pallas_kernels.paged_attention.prefill_problem import (
 @dataclasses.dataclass(frozen=True)
 class Block:
     """128 query rows of a KV head, and where a lane stands. start: tokens before the new ones.
-    first, last: the rows' tokens. rows: the lane's. corners: the first and last of the warp's."""
+    first, last: the rows' tokens. rows: the lane's."""
 
     batch: I32
     kv_head: I32
@@ -35,25 +35,23 @@ class Block:
     first: I32
     last: I32
     rows: list[I32]
-    corners: list[I32]
     c: I32
     lane: I32
 
 
-def block(p: Problem, index: I32, lens: Address) -> Block:
+def block(p: Problem, index: I32, lens: Address, thread: I32) -> Block:
     """The index-th block: the last rows of all come first, since they see most."""
-    lane = ptx.thread_index() & 31
+    lane = thread & 31
     kv_head, rest = index % p.kv_heads, index // p.kv_heads
     batch, tile = rest % p.rows, (p.tiles - 1) - rest // p.rows
     context, query_len = ptx.load_global(lens.advance(batch, 8), count=2)
-    corner = tile * ROWS + ptx.warp_index() * 16
-    row = corner + (lane >> 2)
+    row = tile * ROWS + (thread >> 5) * 16 + (lane >> 2)
     first = tile * ROWS // p.group
     last = ptx.minimum(((tile + 1) * ROWS - 1) // p.group, query_len - 1)
     start = context - query_len
     return Block(
         *(batch, kv_head, start, query_len, context, first, last),
-        *([row, row + 8], [corner, corner + 15], lane & 3, lane),
+        *([row, row + 8], lane & 3, lane),
     )
 
 
@@ -103,16 +101,6 @@ def query_operands(p: Problem, words: list[I32]) -> list[list[I32]]:
     return [words[i : i + 4] for i in range(0, len(words), 4)]
 
 
-def row_sums(query: list[list[I32]]) -> list[F32]:
-    """Sums of q over its dimensions, of rows g and g + 8."""
-    sums = []
-    for row in range(2):
-        words = [word for fragment in query for word in fragment[row::2]]
-        values = [x for word in words for x in ptx.unpack_halves(word, "float16")]
-        sums.append(_over_columns(F32.__add__, functools.reduce(F32.__add__, values)))
-    return sums
-
-
 def _over_columns(combine: Callable[[F32, F32], F32], value: F32) -> F32:
     """Over the four lanes that share a row."""
     for lanes in (1, 2):
@@ -120,7 +108,7 @@ def _over_columns(combine: Callable[[F32, F32], F32], value: F32) -> F32:
     return value
 
 
-# Scores: for each 8 keys four, rows g (two keys) and g + 8.
+# Scores, and weights: for each 8 keys four, rows g (two keys) and g + 8.
 
 
 def seen(p: Problem, b: Block, row: I32, begin: I32, count: I32) -> tuple[I32, I32]:
@@ -133,71 +121,64 @@ def seen(p: Problem, b: Block, row: I32, begin: I32, count: I32) -> tuple[I32, I
     return low, ptx.minimum(count, own + 1)
 
 
-def masked(b: Block, scores: list[list[F32]], bounds: list[tuple[I32, I32]]) -> list[list[F32]]:
-    """-inf for what the lane's two rows do not see."""
-    far = ptx.constant_float(float("-inf"))
-    own = [(low - b.c * 2, end - b.c * 2) for low, end in bounds]  # counted from the lane's first
+def mask(b: Block, scores: list[F32], bounds: list[tuple[I32, I32]]) -> list[F32]:
+    """-inf where not seen; most tiles are seen whole by all rows of a warp."""
 
-    def one(score: F32, key: int, low: I32, end: I32) -> F32:
-        return ptx.select_float((end > key) & ~(low > key), score, far)
+    def masked() -> list[F32]:
+        minus, found = ptx.constant_float(float("-inf")), []
+        own = [(low - b.c * 2, end - b.c * 2) for low, end in bounds]  # from the lane's first key
+        for i, score in enumerate(scores):
+            (low, end), key = own[i // 2 % 2], 8 * (i // 4) + i % 2
+            found.append(ptx.select_float((end > key) & ~(low > key), score, minus))
+        return found
 
-    return [
-        [one(x, 8 * j + i % 2, *own[i // 2]) for i, x in enumerate(four)]
-        for j, four in enumerate(scores)
-    ]
-
-
-def weigh(state: State, scores: list[list[F32]]) -> tuple[State, list[list[F32]]]:
-    """Weights relative to the state's maximum, which has followed where it must."""
-    best = []
-    for found in _of_rows(scores):
-        best.append(_over_columns(ptx.float_maximum, _tree(ptx.float_maximum, found)))
-    state = _follow(state, best)
-    weights = [[ptx.exp2(x - state.top[i // 2]) for i, x in enumerate(four)] for four in scores]
-    sums = [_tree(F32.__add__, found) for found in _of_rows(weights)]
-    total = [a + b for a, b in zip(state.total, sums, strict=True)]
-    return State(state.top, total, state.acc), weights
+    low = ptx.maximum(bounds[0][0], bounds[1][0])
+    end = ptx.minimum(bounds[0][1], bounds[1][1])
+    whole = (end > TILE - 1) & (low < 1)
+    return ptx.branch_values(ptx.any_lane(~whole), scores, masked)
 
 
-def _follow(state: State, best: list[F32]) -> State:
-    """The state relative to the new maximum, if that has risen much in some row of the warp. Few
-    tiles see that; until then weights are up to 2^LAZY, which float16 holds as well."""
-    limits = [top + ptx.constant_float(LAZY) for top in state.top]
-    low = [~(x > limit) for x, limit in zip(best, limits, strict=True)]
+def weigh(p: Problem, state: State, scores: list[F32]) -> tuple[State, list[I32]]:
+    """Weights relative to the maximum, which follows scores that are far above it; then all that
+    was summed is rescaled. The weights as operands A, f16, four words for each 16 keys."""
+    best = [_over_columns(ptx.float_maximum, _tree(ptx.float_maximum, x)) for x in _rows(scores)]
+    factor = ptx.constant_float(p.score_factor)
+    above = ptx.float_maximum(*(x - top for x, top in zip(best, state.top, strict=True)))
 
-    def followed() -> list[F32]:
+    def rescaled() -> list[F32]:
         top = [ptx.float_maximum(*pair) for pair in zip(state.top, best, strict=True)]
-        shrink = [ptx.exp2(old - new) for old, new in zip(state.top, top, strict=True)]
-        total = [x * factor for x, factor in zip(state.total, shrink, strict=True)]
-        acc = [x * shrink[i // 2 % 2] for i, x in enumerate(state.acc)]
-        return State(top, total, acc).registers()
+        pairs = zip(state.top, top, strict=True)
+        shrink = [ptx.exp2((old - new) * factor) for old, new in pairs]
+        total = [x * s for x, s in zip(state.total, shrink, strict=True)]
+        return [*top, *total, *(x * shrink[i // 2 % 2] for i, x in enumerate(state.acc))]
 
-    has_risen = ptx.any_lane(~(low[0] & low[1]))
-    return State.of(ptx.branch_values(has_risen, state.registers(), followed))
+    far = ptx.any_lane(above > ptx.constant_float(MARGIN / p.score_factor))
+    state = State.of(ptx.branch_values(far, state.registers(), rescaled))
+    minus = [ptx.constant_float(0) - top * factor for top in state.top]
+    weights = [
+        ptx.exp2(ptx.multiply_add(x, factor, minus[i // 2 % 2])) for i, x in enumerate(scores)
+    ]
+    sums = [_tree(operator.add, x) for x in _rows(weights)]
+    total = [a + b for a, b in zip(state.total, sums, strict=True)]
+    return State(state.top, total, state.acc), ptx.words_of(weights, "float16")
 
 
-def _of_rows(scores: list[list[F32]]) -> list[list[F32]]:
+def _rows(values: list[F32]) -> list[list[F32]]:
     """Those of row g, and those of row g + 8."""
-    return [[x for four in scores for x in four[2 * row : 2 * row + 2]] for row in range(2)]
+    return [[x for i, x in enumerate(values) if i // 2 % 2 == row] for row in range(2)]
 
 
 def _tree(combine: Callable[[F32, F32], F32], values: list[F32]) -> F32:
-    """Of a power of two of values: pairs at once, that they need not wait for each other."""
+    """Of a power of two of values, in steps that need not wait for each other."""
     while len(values) > 1:
         values = [combine(*pair) for pair in zip(values[::2], values[1::2], strict=True)]
     return values[0]
 
 
-def weight_words(weights: list[list[F32]]) -> list[list[I32]]:
-    """For each 16 keys the operand A, f16."""
-    pairs = zip(weights[::2], weights[1::2], strict=True)
-    return [ptx.words_of([*near, *far], "float16") for near, far in pairs]
-
-
 def store_output(p: Problem, b: Block, out: Address, state: State) -> None:
     """Weighted means; zeros where a row has seen nothing."""
     for row in range(2):
-        total = _over_columns(F32.__add__, state.total[row])
+        total = _over_columns(operator.add, state.total[row])
         zero, one = ptx.constant_float(0), ptx.constant_float(1)
         inverse = ptx.select_float(total > zero, one / total, zero)
         with ptx.when(b.rows[row] < p.tokens * p.group):

@@ -1,7 +1,6 @@
 """64 keys and values: where they lie, and what becomes of them as float16.
 
-A thread takes 16 bytes of a token's K, and of its V. Of a quantised page K is code - 2^(bits-1),
-which float16 holds exactly, and its scale and centre are kept beside it; V is
+A thread takes 16 bytes of a token's K, and of its V. Of a quantised page they are
 (code - 2^(bits-1)) s + c, rounded once. Values of tokens that are not there are zeros, because
 their weight 0 does not cancel a NaN.
 """
@@ -168,31 +167,31 @@ def halves(source: Source, words: Sequence[I32], there: Predicate) -> tuple[list
     """K and V of what was fetched, in float16; of V zeros unless the token is there."""
     k, v = words[:4], words[4:8]
     if source.bits < 16:
-        scale, centre = (_both(ptx.select(there, words[9], 0), half) for half in (0x1010, 0x3232))
-        k, v = _expand(source.bits, k), _expand(source.bits, v)
-        return k, [ptx.multiply_add_halves(x, scale, centre) for x in v]
+        scales = words[8], ptx.select(there, words[9], 0)
+        k, v = (_dequantize(source.bits, *x) for x in zip((k, v), scales, strict=True))
+        return k, v
     if source.dtype != "float16":
         k, v = (ptx.words_of(ptx.floats_of(x, source.dtype), "float16") for x in (k, v))
     return list(k), [ptx.select(there, word, 0) for word in v]
 
 
-def _both(word: I32, selector: int) -> I32:
-    """One half of a word in both."""
-    return ptx.pick_bytes(word, word, selector)
-
-
-def _expand(bits: int, words: Sequence[I32]) -> list[I32]:
-    """Codes to float16 of code - 2^(bits-1), two neighbouring dimensions a word."""
-    return [pair for word in words for pair in (_pairs_4 if bits == 4 else _pairs_8)(word)]
+def _dequantize(bits: int, words: Sequence[I32], scales: I32) -> list[I32]:
+    """float16 of (code - 2^(bits-1)) s + c, two neighbouring dimensions a word; scales: (s, c)."""
+    scale, centre = (ptx.pick_bytes(scales, scales, half) for half in (0x1010, 0x3232))
+    codes = [pair for word in words for pair in (_pairs_4 if bits == 4 else _pairs_8)(word)]
+    return [ptx.multiply_add_halves(code, scale, centre) for code in codes]
 
 
 def _pairs_4(word: I32) -> list[I32]:
-    """A byte in both halves, its low code behind 1024 in one and its high code, times 16, in the
-    other; minus 1032, and a 16th of it minus 72."""
-    factor, minus = ptx.constant(0x2C003C00), ptx.constant(0xD480E408)
-    bytes_twice = [ptx.pick_bytes(word, word, 0x1111 * i) for i in range(4)]
-    both = [ptx.masked_or(x, 0x00F0000F, MAGIC) for x in bytes_twice]
-    return [ptx.multiply_add_halves(x, factor, minus) for x in both]
+    """A byte's low code into the low bits of 1024, minus 1032; its high code, 16 times as much in
+    the high half's, divided by 16, minus 72."""
+    zero, factors, minus = (ptx.constant(x) for x in (0, 0x2C003C00, 0xD480E408))
+    pairs = []
+    for byte in range(4):
+        twice = ptx.pick_bytes(word, zero, 0x4040 | byte | byte << 8)
+        both = ptx.masked_or(twice, 0x00F0000F, MAGIC)
+        pairs.append(ptx.multiply_add_halves(both, factors, minus))
+    return pairs
 
 
 def _pairs_8(word: I32) -> list[I32]:

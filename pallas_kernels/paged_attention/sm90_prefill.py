@@ -9,9 +9,7 @@ each and multiply; the third makes tiles of 64 keys for both (sm90_prefill_ring)
     softmax    online, in powers of two, in float32 (prefill_rows)
 
 A step multiplies the scores of a tile and the values of the one before together, so that the tensor
-core has long work from one warpgroup while the other is at its softmax. Scores are scaled and
-masked where they leave the tensor core: sk * (q @ code) + ck * sum(q); masks only on tiles that
-some row of the warp does not see whole.
+core has long work from one warpgroup while the other is at its softmax; they take turns.
 
 Blocks stay: one on each SM takes blocks of rows one after another, forth and back through all of
 them, which are sorted by what they see. The ring goes on from one to the next, so that keys are
@@ -73,7 +71,8 @@ def _body(p: Problem, q: Any, lens: Any, table: Any, pages: Any, *refs: Any) -> 
     barriers."""
     *more, out, shared, barriers = refs
     operands = _Operands(
-        *map(ptx.global_address, (q, lens)),
+        ptx.global_address(q),
+        ptx.global_address(lens),
         prefill_tile.sources(p, table, pages, more),
         ptx.global_address(out),
     )
@@ -113,7 +112,8 @@ class _Share:
 
     def block(self, i: I32 | int) -> Block:
         """The i-th, or the last of all if there is none."""
-        return prefill_rows.block(self.p, ptx.minimum(self._index(i), self.p.blocks - 1), self.lens)
+        index = ptx.minimum(self._index(i), self.p.blocks - 1)
+        return prefill_rows.block(self.p, index, self.lens, ptx.thread_index())
 
 
 def _sources(operands: _Operands, b: Block) -> list[prefill_tile.Source]:
@@ -191,7 +191,6 @@ def _attend(
 ) -> tuple[State, list[I32]]:
     """Over all tiles, from the n-th of the ring on; the last one's values are left to add, with
     these weights."""
-    sums = prefill_rows.row_sums(query)
     ring.wait_full(n)
     turns.take()
     held = ptx.wgmma_fence([word for a in query for word in a])
@@ -199,7 +198,7 @@ def _attend(
     ptx.wgmma_commit()
     turns.give()
     scores = ptx.wgmma_wait(scores, held)
-    state, weights = _softmax(p, b, ring, n, sums, State.start(p), scores)
+    state, weights = _softmax(p, b, ring, n, State.start(p), scores)
 
     def step(i: I32, carry: list[Any]) -> list[Any]:
         weights, state, m = carry[: TILE // 4], State.of(carry[TILE // 4 :]), n + i
@@ -213,7 +212,7 @@ def _attend(
         found = ptx.wgmma_wait([*scores, *acc], [*weights, *held])
         ring.release(m, b.lane)
         scores, state.acc = found[: TILE // 2], found[TILE // 2 :]
-        state, weights = _softmax(p, b, ring, m + 1, sums, state, scores)
+        state, weights = _softmax(p, b, ring, m + 1, state, scores)
         return [*weights, *state.registers()]
 
     last: list[Any] = ptx.loop(tiles - 1, [*weights, *state.registers()], step)
@@ -254,45 +253,9 @@ def _start_values(values: I32, weights: list[I32], acc: list[F32]) -> list[F32]:
 
 
 def _softmax(
-    p: Problem, b: Block, ring: Ring, n: I32, sums: list[F32], state: State, scores: list[F32]
+    p: Problem, b: Block, ring: Ring, n: I32, state: State, scores: list[F32]
 ) -> tuple[State, list[I32]]:
     """Of the n-th tile's scores: the state, and the weights as operands A."""
-    fours = [scores[i : i + 4] for i in range(0, len(scores), 4)]
-    fours = _scaled(p, b, ring, n, sums, fours)
-    fours = _masked(p, b, ring, n, fours)
-    state, weights = prefill_rows.weigh(state, fours)
-    return state, [word for a in prefill_rows.weight_words(weights) for word in a]
-
-
-def _scaled(
-    p: Problem, b: Block, ring: Ring, n: I32, sums: list[F32], scores: list[list[F32]]
-) -> list[list[F32]]:
-    """In powers of two."""
-    if p.bits == 16:
-        factor = ptx.constant_float(p.score_factor)
-        return [[x * factor for x in four] for four in scores]
-    at = ring.scales(n) + b.c * 16
-
-    def scaled(j: int, four: list[F32]) -> list[F32]:
-        pairs = ptx.load_shared(at, 64 * j, count=4, kind=F32)
-        return [
-            ptx.multiply_add(pairs[2 * (i % 2)], x, pairs[2 * (i % 2) + 1] * sums[i // 2])
-            for i, x in enumerate(four)
-        ]
-
-    return [scaled(j, four) for j, four in enumerate(scores)]
-
-
-def _masked(p: Problem, b: Block, ring: Ring, n: I32, scores: list[list[F32]]) -> list[list[F32]]:
-    """-inf for what is not seen, where there is such a key for some row of the warp."""
     begin, count = ring.extent(n)
-    _, end = prefill_rows.seen(p, b, b.corners[0], begin, count)
-    low, _ = prefill_rows.seen(p, b, b.corners[1], begin, count)
-
-    def masked() -> list[F32]:
-        bounds = [prefill_rows.seen(p, b, row, begin, count) for row in b.rows]
-        return [x for four in prefill_rows.masked(b, scores, bounds) for x in four]
-
-    is_whole = ~(end < TILE) & ~(low > 0)
-    flat = ptx.branch_values(~is_whole, [x for four in scores for x in four], masked)
-    return [flat[i : i + 4] for i in range(0, len(flat), 4)]
+    bounds = [prefill_rows.seen(p, b, row, begin, count) for row in b.rows]
+    return prefill_rows.weigh(p, state, prefill_rows.mask(b, scores, bounds))

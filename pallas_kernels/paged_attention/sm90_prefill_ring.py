@@ -2,9 +2,8 @@
 
 A slot holds 64 tokens: K, then V, each in parts of 64 dimensions, [64 tokens, 128 bytes] of
 float16, with the 16-byte pieces of a row XORed by the token's number (the 128-byte swizzle of
-wgmma, which reads K as it lies, and V transposed). Then the scales of K, (sk, ck) of each token in
-float32, times the factor from q @ k to a power of two, for unquantised tokens (factor, 0); and the
-tile's extent: the position where it begins, and how many of its tokens are there.
+wgmma, which reads K as it lies, and V transposed). Beside it the tile's extent: the position where
+it begins, and how many of its tokens are there.
 
 Two barriers each: `full` counts the four warps that have made it, `empty` those that have read it.
 """
@@ -25,7 +24,7 @@ STAGES = 4
 
 def shared_bytes(p: Problem) -> int:
     """From an address that is a multiple of 1024."""
-    return STAGES * (_tile_bytes(p) + Ring.EXTRA)
+    return STAGES * (_tile_bytes(p) + Ring.EXTENT)
 
 
 def _tile_bytes(p: Problem) -> int:
@@ -42,8 +41,8 @@ class Ring:
     barriers: I32
     PART = TILE * 128
     """Bytes of 64 dimensions of K or V."""
-    EXTRA = TILE * 8 + 16
-    """Bytes of scales and extent."""
+    EXTENT = 8
+    """Bytes."""
     BARRIERS = 2 * STAGES
 
     def start(self, consumers: int) -> None:
@@ -59,11 +58,14 @@ class Ring:
     def values(self, n: I32) -> I32:
         return self.keys(n) + _tile_bytes(self.p) // 2
 
-    def scales(self, n: I32) -> I32:
-        return self.base + n % STAGES * self.EXTRA + STAGES * _tile_bytes(self.p)
+    def _extent(self, n: I32) -> I32:
+        return self.base + n % STAGES * self.EXTENT + STAGES * _tile_bytes(self.p)
+
+    def set_extent(self, n: I32, begin: I32, count: I32) -> None:
+        ptx.store_shared_words(self._extent(n), [begin, count])
 
     def extent(self, n: I32) -> tuple[I32, I32]:
-        begin, count = ptx.load_shared(self.scales(n), TILE * 8, count=2)
+        begin, count = ptx.load_shared(self._extent(n), count=2)
         return begin, count
 
     def _full(self, n: I32) -> I32:
@@ -103,7 +105,7 @@ def fill(p: Problem, ring: Ring, source: Source, n: I32) -> I32:
         ring.wait_empty(n + i)
         _store(p, ring, source, thread, n + i, words, count)
         with ptx.when(thread.is_(0)):
-            ptx.store_shared_words(ring.scales(n + i), [begin, count], TILE * 8)
+            ring.set_extent(n + i, begin, count)
         ring.publish(n + i, thread & 31)
         later = source.page(i + 2)
         return [following, later, *_fetch(p, source, thread, following)]
@@ -145,21 +147,9 @@ def _store(
     items: Any = list(_items(p, source, thread))
     each = len(words) // len(items)
     for i, (part, token, chunk) in enumerate(items):
-        mine = words[each * i : each * i + each]
-        k, v = halves(source, mine, token < count)
-        if part == 0 and p.bits < 16:
-            with ptx.when(chunk.is_(0)):
-                ptx.store_shared_words(ring.scales(n) + token * 8, _scales(p, source, mine))
+        k, v = halves(source, words[each * i : each * i + each], token < count)
         piece = chunk * (len(k) // 4) ^ token & 7
         at = ring.keys(n) + token * 128 + piece * 16
         for offset, side in ((0, k), (_tile_bytes(p) // 2, v)):
             for j in range(0, len(side), 4):
                 ptx.store_shared_words(at ^ 4 * j, side[j : j + 4], offset + part * Ring.PART)
-
-
-def _scales(p: Problem, source: Source, words: Sequence[I32]) -> list[I32]:
-    """(sk, ck) in powers of two."""
-    factor = ptx.constant_float(p.score_factor)
-    if source.bits == 16:
-        return [ptx.float_bits(factor), ptx.constant(0)]
-    return [ptx.float_bits(x * factor) for x in ptx.unpack_halves(words[8], "float16")]

@@ -202,23 +202,13 @@ def split_scales(word: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
 def expand(word: Any, scales: tuple[tuple[Any, Any], tuple[Any, Any]] | None) -> list[Any]:
     """A word of codes -> four int8 weights of fragment row g in one word, four of g + 8.
 
-    Without scales the codes themselves; with them `expand_biased`, and an XOR takes the 128 off.
+    With scales: code * scale + offset in all four bytes by one multiplication and one addition.
+    Nothing carries from byte to byte, because code * scale + (offset + 128) is the int8 weight
+    plus 128 and so within 0..255, and code * scale is no larger; the XOR takes the 128 off again.
     """
+    codes = [word & 0x0F0F0F0F, (word >> 4) & 0x0F0F0F0F]
     if scales is None:
-        return [word & 0x0F0F0F0F, (word >> 4) & 0x0F0F0F0F]
-    return [weights ^ 0x80808080 for weights in expand_biased(word, scales)]
-
-
-BIAS = 128
-"""By how much weights of `expand_biased` are too large."""
-
-
-def expand_biased(word: Any, scales: tuple[tuple[Any, Any], tuple[Any, Any]]) -> list[Any]:
-    """The same as uint8, 128 too large.
-
-    code * scale + offset in all four bytes by one multiplication and one addition. Nothing carries
-    from byte to byte, because code * scale + (offset + 128) is the int8 weight plus 128 and so
-    within 0..255, and code * scale is no larger.
-    """
-    codes = expand(word, None)
-    return [q * scale + offset for q, (scale, offset) in zip(codes, scales, strict=True)]
+        return codes
+    return [
+        (q * scale + offset) ^ 0x80808080 for q, (scale, offset) in zip(codes, scales, strict=True)
+    ]

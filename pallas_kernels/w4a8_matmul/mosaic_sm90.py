@@ -106,8 +106,6 @@ def matmul(
     tuned = tuned_config("wgmma", m, n, k, per_group)
     chosen: Sm90Config = config or tuned or choose_config(m, n, k, per_group)
     check_config(chosen, m, n, per_group)
-    if chosen.biased:
-        operands["code_sum"] = x.code_sum.reshape(m).astype(jnp.int32)
     p = WgmmaProblem(**vars(problem), config=chosen)
     y = ptx.launch(
         functools.partial(_body, p, tuple(operands)),
@@ -266,14 +264,13 @@ def _step(
     slot = stage * p.config.k_warpgroups + me.k_group
     ptx.wait(t.full(slot), parity)
     codes, scales = _load_weights(p, t, me, slot)
-    expand = layout.expand_biased if p.config.biased else layout.expand
     x = t.shared + slot * p.memory.x_bytes + part.offset * layout.FEATURES
     descriptor = ptx.wgmma_descriptor(x)
     fragments = []
     for s in range(4):
-        pair = [expand(word, scales) for word in codes[2 * s : 2 * s + 2]]
+        pair = [layout.expand(word, scales) for word in codes[2 * s : 2 * s + 2]]
         fragments += ptx.wgmma_fence([*pair[0], *pair[1]])
-        acc = ptx.wgmma_s8(acc, fragments[-4:], descriptor + 2 * s, unsigned=p.config.biased > 0)
+        acc = ptx.wgmma_s8(acc, fragments[-4:], descriptor + 2 * s)
     ptx.wgmma_commit()
     acc = ptx.wgmma_wait(acc, fragments)
     _release(p, t, slot)

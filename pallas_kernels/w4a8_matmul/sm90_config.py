@@ -43,7 +43,7 @@ def shared_memory(config: Sm90Config, m: int, n: int, per_group: bool) -> Shared
     partials = 0 if cut(config, m, n).most == 1 else end
     partial_bytes = (config.k_warpgroups - 1) * config.rows * config.tokens * 4
     columns = max(end, partials + partial_bytes)
-    column_bytes = (1 if per_group and not config.biased else 2) * 4 * config.tokens
+    column_bytes = (1 if per_group else 2) * 4 * config.tokens
     return SharedMemory(
         x_bytes=x_bytes,
         weight_bytes=weight_bytes,
@@ -67,11 +67,12 @@ def _broken_rule(config: Sm90Config, m: int, n: int, per_group: bool) -> str | N
     must not come two rounds ahead of those that multiply, where the parity is the same again: what
     it waited for four chunks before keeps it from there, with four slots and whole turns of four.
     """
-    *sizes, lead, biased = dataclasses.astuple(config)
+    *sizes, lead = dataclasses.astuple(config)
     if min(sizes) < 1 or lead < 0:
-        return "all fields but lead and biased must be at least 1"
+        return "all fields but lead must be at least 1"
     memory = shared_memory(config, m, n, per_group)
-    used = memory.size + 1024 + 8 * memory.barriers
+    # Mosaic rounds both up to 1024.
+    used = _round_up(memory.size + 1024, 1024) + _round_up(8 * memory.barriers, 1024)
     needs = config.tokens // 2 + 44
     part = config.tokens // config.k_warpgroups
     for holds, rule in (
@@ -96,7 +97,6 @@ def _broken_rule(config: Sm90Config, m: int, n: int, per_group: bool) -> str | N
             lead == 0 or (config.row_warpgroups > 1 and config.k_warpgroups == 1),
             "lead needs several row_warpgroups and one k_warpgroup",
         ),
-        (biased in ((0, 1) if per_group else (0,)), "biased must be 0, or 1 in groups"),
         (lead < config.slots, f"lead must be below the {config.slots} chunks in flight"),
         (config.slots >= 4, "k_warpgroups * stages must be at least 4, a slot for each warp"),
         (needs <= config.registers, f"needs {needs} registers of {config.registers}"),
@@ -111,8 +111,13 @@ def choose_config(m: int, n: int, k: int, per_group: bool) -> Sm90Config:
     """The config for x [m, k] and a weight [k, n]: the largest tile that keeps the SMs busy.
 
     A large tile reads less for what it multiplies. Where none keeps BUSY of the SMs at work, the
-    one that comes nearest.
+    one that comes nearest. Its last round is then cut as finely as saves the most of it.
     """
+    return _with_last(_whole_tiles(m, n, per_group), m, n, per_group)
+
+
+def _whole_tiles(m: int, n: int, per_group: bool) -> Sm90Config:
+    """`choose_config` with the last round as it is."""
     most = -(-m // 256)
     tokens = min(256, _round_up(-(-m // most), 32))
     tried = []
@@ -148,6 +153,13 @@ def _with_stages(
         if not _broken_rule(config, m, n, per_group):
             return config
     return None
+
+
+def _with_last(config: Sm90Config, m: int, n: int, per_group: bool) -> Sm90Config:
+    """With the `last` that takes the fewest quarters of a round, the largest of equals."""
+    cuts = (dataclasses.replace(config, last=last) for last in range(QUARTERS, 0, -1))
+    able = [config for config in cuts if not _broken_rule(config, m, n, per_group)]
+    return min(able, key=lambda config: cut(config, m, n).quarters)
 
 
 def _round_up(value: int, to: int) -> int:

@@ -85,7 +85,7 @@ class Epilogue:
         group = (t.warp >> 2) - 1
         self.columns = t.shared + p.memory.columns
         self.columns = self.columns + (group * 2 + (i & 1)) * p.memory.column_bytes
-        names = [name for name in ("x_scale", "code_sum") if name in t.gmem]
+        names = ("x_scale",) if p.per_group else ("x_scale", "code_sum")
         for position, name in enumerate(names):
             for first in range(0, p.config.tokens, 128):
                 self._fetch(p, t, me, name, first, position * 4 * p.config.tokens)
@@ -127,12 +127,8 @@ class Epilogue:
         """Eight tokens, from first + 8 j of the tile on."""
         values = sums
         token = self.token + first + 8 * j
-        if p.config.biased:
-            at = 32 * j + 4 * p.config.tokens
-            biases = [v * layout.BIAS for v in ptx.load_shared(columns, at, count=2)]
-            values = [sums[i] - biases[i % 2] for i in range(4)]
         if p.out_dtype != INT32_SUMS:
-            values = self._scaled(p, columns, j, values)
+            values = self._scaled(p, columns, j, sums)
         if p.residual:
             channel = self.row_tile + me.c * 4
             added = _load_halves(p, t, channel, ptx.minimum(token + me.g, p.m - 1))

@@ -38,11 +38,7 @@ class Sm90Config:
     cluster: blocks beside each other along N that share the copies of x.
     last: quarters of a tile that a block computes in the last round, see sm90_tiles; 4 is whole.
     lead: chunks that the first row warpgroup is ahead of the others from the start, so that one's
-      epilogue runs beside the other's wgmma.
-    biased: 1 multiplies weights of groups as uint8, 128 too large, and takes 128 times the sum of a
-      token's codes off the sums: one instruction less for four weights. Per channel it is 0.
-
-    The heuristic leaves last, lead and biased at their defaults: nothing else has run on a GPU yet.
+      epilogue runs beside the other's wgmma. The heuristic leaves it at 0.
     """
 
     tokens: int
@@ -52,7 +48,6 @@ class Sm90Config:
     cluster: int
     last: int = QUARTERS
     lead: int = 0
-    biased: int = 0
 
     @property
     def warpgroups(self) -> int:
@@ -104,6 +99,11 @@ class Cut:
     def less_x(self) -> bool:
         """Whether a part needs not all tokens; with last = 3 one of its warpgroups does."""
         return self.last < 3
+
+    @property
+    def quarters(self) -> int:
+        """How long all rounds take, in quarters of a whole one."""
+        return self.rounds * QUARTERS + (self.last if self.parts else 0)
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -5,7 +5,8 @@
                 "config": {...}, "us": 5.1, "heuristic_us": 5.6}, ...]}
 
 An entry is taken for a product of exactly these n, k and per_group and of m/2 < M <= m tokens, m
-being a power of two; for everything else the design's own heuristic chooses.
+being a power of two, where M takes as many of the config's tiles as m: others fill other rounds.
+For everything else the design's own heuristic chooses.
 scripts/tune_kernels.py writes the files.
 """
 
@@ -32,7 +33,7 @@ class Design:
     """A kernel design with configurations of its own.
 
     backend: the one whose `matmul` takes config=.
-    config: a frozen dataclass of integers and booleans.
+    config: a frozen dataclass of integers and booleans; `tokens` are those of a tile.
     choose: (m, n, k, per_group) -> config, by rules. Raises NotImplementedError.
     check: (config, m, n, k, per_group); raises ValueError unless the kernel runs with it for all
       of 1..m tokens.
@@ -66,7 +67,9 @@ Key = tuple[str, int, int, int, bool]
 def tuned_config(design: str, m: int, n: int, k: int, per_group: bool) -> Any | None:
     """The measured config for a product on the device where JAX computes by default, if any."""
     entries = load_tuned(default_device().device_kind)
-    return entries.get((design, bucket(m), n, k, per_group))
+    config = entries.get((design, bucket(m), n, k, per_group))
+    same = config is not None and -(-m // config.tokens) == -(-bucket(m) // config.tokens)
+    return config if same else None
 
 
 def bucket(m: int) -> int:

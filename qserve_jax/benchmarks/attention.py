@@ -29,10 +29,9 @@ from qserve_jax.benchmarks.attention_cases import (
     normal,
 )
 from qserve_jax.benchmarks.attention_error import attend_row, worst_error
-from qserve_jax.benchmarks.ceilings import measure_ceilings
-from qserve_jax.benchmarks.matmul import Bench
+from qserve_jax.benchmarks.matmul import Bench, find_ceilings
 from qserve_jax.benchmarks.operands import copies_of
-from qserve_jax.benchmarks.report import Report
+from qserve_jax.benchmarks.report import Report, drop_row, has_row
 from qserve_jax.pallas_kernels import paged_attention, rope_append_kv
 from qserve_jax.pallas_kernels.paged_attention import longest_first
 from qserve_jax.quantization.qtensor import Array, KVCache
@@ -59,10 +58,7 @@ class Sweep:
 
 def run_sweep(sweep: Sweep, bench: Bench) -> None:
     """Measure what the report lacks."""
-    if not bench.report["ceilings"]:
-        bench.say("ceilings: copy and read of 1 GiB, bf16 and int8 products of 8192 x 8192")
-        bench.report["ceilings"] = measure_ceilings(bench.clock)
-        bench.save(bench.report)
+    find_ceilings(bench)
     for case in sweep.cases:
         make_paged.cache_clear()  # room for the baseline's copies
         full = (case.heads, case.kv_heads, case.head_dim) == sweep.heads and case.kv_bits == 4
@@ -74,31 +70,33 @@ def run_sweep(sweep: Sweep, bench: Bench) -> None:
     for backend in sweep.backends:
         for bits in sweep.kv_bits:
             for batch in sweep.append_batches:
-                row = _sizes(backend, sweep.heads) | {"kv_bits": bits, "b": batch}
+                row = {"backend": backend} | _sizes(sweep.heads) | {"kv_bits": bits, "b": batch}
                 measure = functools.partial(_append, sweep.heads, bits, batch, backend, bench)
                 _guarded(bench, "append", row, measure)
         for batch, tokens in sweep.prompts:
-            row = _sizes(backend, sweep.heads) | {"b": batch, "tokens": tokens}
+            row = {"backend": backend} | _sizes(sweep.heads) | {"b": batch, "tokens": tokens}
             measure = functools.partial(_prefill, sweep.heads, batch, tokens, backend, bench)
             _guarded(bench, "prefill", row, measure)
         for bits in sweep.kv_bits:
             for chunk, context in sweep.chunks:
-                row = _sizes(backend, sweep.heads) | {"kv_bits": bits, "chunk": chunk}
+                row = {"backend": backend} | _sizes(sweep.heads) | {"kv_bits": bits, "chunk": chunk}
                 case = Case(*sweep.heads, bits, (context,))
                 measure = functools.partial(_chunk, case, chunk, backend, bench)
                 _guarded(bench, "chunked_prefill", row | {"ctx": context}, measure)
 
 
-def _sizes(backend: str, heads: Heads) -> dict[str, Any]:
-    return {"backend": backend, **dict(zip(("heads", "kv_heads", "head_dim"), heads, strict=True))}
+def _sizes(heads: Heads) -> dict[str, Any]:
+    return dict(zip(("heads", "kv_heads", "head_dim"), heads, strict=True))
 
 
 def _guarded(
     bench: Bench, name: str, row: dict[str, Any], measure: Callable[[], dict[str, Any]]
 ) -> None:
-    """Add row | measure() to a list of the report, unless it has it; a failure is a problem."""
-    if any(all(old.get(k) == v for k, v in row.items()) for old in bench.report[name]):
+    """Add row | measure() to a list of the report, unless it has it of these kernels; a failure is
+    a problem."""
+    if has_row(bench.report[name], row, bench.kernels):
         return
+    drop_row(bench.report[name], row)
     place = " ".join(f"{k}={v}" for k, v in row.items() if k != "lengths")
     place = f"{name if name != 'rows' else 'decode'} {place}"
     bench.say(place)
@@ -112,7 +110,7 @@ def _guarded(
         return
     if "gbps" in found and not bench.believes(place, found["gbps"]):
         return
-    bench.report[name].append(row | found)
+    bench.report[name].append(row | found | bench.origin)
     bench.save(bench.report)
 
 
@@ -120,7 +118,8 @@ def _guarded(
 
 
 def _decode(case: Case, backend: str, attends: str, bench: Bench) -> dict[str, Any]:
-    baseline = _baseline(case, bench)
+    sizes = {k: v for k, v in case.place.items() if k != "kv_bits"}
+    baseline = _baseline(bench, sizes, functools.partial(_time_baseline, case, bench))
     paged = make_paged(case)
     q = normal((case.batch, case.heads, case.head_dim), 2)
     new = [normal((case.batch, case.kv_heads, case.head_dim), seed) for seed in (3, 4)]
@@ -147,23 +146,23 @@ def _decode(case: Case, backend: str, attends: str, bench: Bench) -> dict[str, A
     }
 
 
-def _baseline(case: Case, bench: Bench) -> float | None:
-    """cuDNN on a contiguous bf16 cache of the same lengths, once for all bits; None where it
-    fails."""
-    sizes = {k: v for k, v in case.place.items() if k != "kv_bits"}
+def _baseline(bench: Bench, sizes: dict[str, Any], time: Callable[[], float]) -> float | None:
+    """cuDNN's time(), once for these sizes, of whatever kernels of ours; None where it fails."""
     for known in bench.report["baselines"]:
         if all(known.get(k) == v for k, v in sizes.items()):
             return known["cudnn_bf16_us"]
     try:
-        us = _time_baseline(case, bench)
+        us = time()
     except Exception as failure:
-        bench.problem(f"{BASELINE} {sizes if 'ctx' in sizes else 'ragged'}: {_line(failure)}")
+        bench.problem(f"{BASELINE} {'ragged' if 'lengths' in sizes else sizes}: {_line(failure)}")
         us = None
-    bench.report["baselines"].append(sizes | {"cudnn_bf16_us": us})
+    found = {"cudnn_bf16_us": us, "commit": bench.report["commit"]}
+    bench.report["baselines"].append(sizes | found)
     return us
 
 
 def _time_baseline(case: Case, bench: Bench) -> float:
+    """Of a contiguous bf16 cache of the same lengths."""
     longest = max(case.lengths)
     shape = (case.batch, longest, case.kv_heads, case.head_dim)
     nbytes = 4 * int(np.prod(shape))
@@ -236,7 +235,8 @@ def _prefill(heads: Heads, batch: int, tokens: int, backend: str, bench: Bench) 
 
     us = bench.median_us(run, (cache.pages, q, lens), [sides])
     plain = jax.jit(functools.partial(_attend_contiguous, causal=True))
-    other = _median_or_none(bench, plain, (q, None), [sides])
+    sizes = {"what": "prefill", "b": batch, "tokens": tokens} | _sizes(heads)
+    other = _baseline(bench, sizes, lambda: bench.median_us(plain, (q, None), [sides]))
     operations = 2 * batch * n * tokens * (tokens + 1) * head_dim
     return {"us": us, "cudnn_bf16_us": other, "tflops": operations / us / 1e6}
 
@@ -264,7 +264,9 @@ def _chunk(case: Case, chunk: int, backend: str, bench: Bench) -> dict[str, Any]
     out = run(*fixed, paged.layers[TIMED_LAYER])
     us = bench.median_us(run, fixed, paged.layers)
     plain = jax.jit(functools.partial(_attend_contiguous, causal=False))
-    other = _median_or_none(bench, plain, (q, None), [_new(1, context, _heads(case))])
+    sizes = {"what": "chunked prefill", "chunk": chunk, "ctx": context} | _sizes(_heads(case))
+    sides = [_new(1, context, _heads(case))]
+    other = _baseline(bench, sizes, lambda: bench.median_us(plain, (q, None), sides))
     operations = 4 * case.heads * case.head_dim * chunk * (context - (chunk - 1) / 2)
     error = _chunk_error(case, paged, q, out)
     tflops = operations / us / 1e6
@@ -285,14 +287,6 @@ def _chunk_error(case: Case, paged: Paged, q: Array, out: Array) -> float:
         difference = np.asarray(out[0, at], np.float64) - exact
         errors.append(np.linalg.norm(difference) / np.linalg.norm(exact))
     return float(np.max(errors))
-
-
-def _median_or_none(bench: Bench, run: Any, fixed: tuple, rotating: list) -> float | None:
-    try:
-        return bench.median_us(run, fixed, rotating)
-    except Exception as failure:
-        bench.problem(f"{BASELINE}: {_line(failure)}")
-        return None
 
 
 def attention_report(start: Report) -> Report:

@@ -84,9 +84,25 @@ def decode_cases(
                     if context < LONG or batch <= LONG_BATCH:
                         cases.append(Case(*shape, kv_bits, (context,) * batch))
             if batches == BATCHES and contexts == CONTEXTS:
-                count, low, high = RAGGED
-                drawn = np.random.default_rng(0).integers(low, high + 1, count)
-                cases.append(Case(*shape, kv_bits, tuple(map(int, drawn))))
+                cases.append(ragged_case(shape, kv_bits))
+    return cases
+
+
+def ragged_case(shape: Heads, kv_bits: int) -> Case:
+    """The same lengths every time."""
+    count, low, high = RAGGED
+    drawn = np.random.default_rng(0).integers(low, high + 1, count)
+    return Case(*shape, kv_bits, tuple(map(int, drawn)))
+
+
+def default_cases(bits: tuple[int, ...]) -> list[Case]:
+    """All combinations of Llama-3-8B's heads, and of the other models' what tells them apart: every
+    combination of them all would take three times as long."""
+    cases = decode_cases((LLAMA3_8B,), bits, BATCHES, CONTEXTS)
+    for shape in HEADS[1:]:
+        cases += decode_cases((shape,), (4,), BATCHES, (1024, 4096))
+        cases.append(ragged_case(shape, 4))
+        cases += decode_cases((shape,), (8,), (16, 256), (1024, 4096))
     return cases
 
 

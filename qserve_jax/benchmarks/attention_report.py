@@ -1,6 +1,6 @@
 """What the attention benchmark found, as a table, as CSV and as a picture.
 
-device, jax, commit, versions, ceilings   as in `report`
+device, jax, ..., ceilings, and what is continued   as in `report`
 baselines        cudnn_bf16_us of each batch and size, once for all bits; null where it failed
 rows             decode: {"backend", "kv_bits", "b", "ctx" or "lengths", "heads", "kv_heads",
                  "head_dim", "attends", "us", "cudnn_bf16_us", "gbps", "rel_err"}: gbps counts the
@@ -23,9 +23,10 @@ from typing import Any
 
 from qserve_jax.benchmarks.attention import LISTS
 from qserve_jax.benchmarks.ceilings import memory_ceiling
-from qserve_jax.benchmarks.report import Report
+from qserve_jax.benchmarks.report import Report, commits
 
 TITLES = {"append": "RoPE and append", "prefill": "prefill", "chunked_prefill": "chunked prefill"}
+ORIGIN = ("kernels", "commit")
 COLUMNS = (
     *("backend", "kv_bits", "attends", "heads", "kv_heads", "head_dim", "b", "ctx", "us", "gbps"),
     *("share", "cudnn_bf16_us", "speedup", "rel_err"),
@@ -54,13 +55,14 @@ def decode_rows(report: Report) -> list[dict[str, Any]]:
 
 def table(report: Report) -> str:
     """Markdown: the ceilings, a line per decode row, and the other measurements."""
-    lines = [f"{report['device']}, jax {report['jax']}, commit {report['commit'][:12]}"]
+    lines = [f"{report['device']}, jax {report['jax']}, commit {commits(report)}"]
     if report["ceilings"]:
         lines.append(f"memory: {memory_ceiling(report['ceilings']):.0f} GB/s")
     lines += ["", *_markdown(decode_rows(report))]
     for name in LISTS:
         if report[name]:
-            lines += ["", TITLES[name], "", *_markdown(report[name])]
+            rows = [{k: row[k] for k in row if k not in ORIGIN} for row in report[name]]
+            lines += ["", TITLES[name], "", *_markdown(rows)]
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from qserve_jax.benchmarks import baselines
-from qserve_jax.benchmarks.ceilings import measure_ceilings, memory_ceiling
+from qserve_jax.benchmarks.ceilings import NAMES, measure_ceilings, memory_ceiling
 from qserve_jax.benchmarks.clock import Clock
 from qserve_jax.benchmarks.compile import Compiled, call, compile_all
 from qserve_jax.benchmarks.operands import (
@@ -26,7 +26,8 @@ from qserve_jax.benchmarks.operands import (
     make_plain_weights,
     make_weight,
 )
-from qserve_jax.benchmarks.report import Report, baseline, has_row
+from qserve_jax.benchmarks.provenance import kernels
+from qserve_jax.benchmarks.report import Report, baseline, drop_row, has_row
 from qserve_jax.benchmarks.shapes import Shape
 from qserve_jax.pallas_kernels import w4a8_matmul
 from qserve_jax.pallas_kernels.w4a8_matmul import from_kernel_layout, take_layer
@@ -47,7 +48,8 @@ class Sweep:
 class Bench:
     """What a sweep works with: the clock, the report that it fills, and whom it tells.
 
-    save is called after every row; problems are lines about what could not be measured.
+    save is called after every row; problems are lines about what could not be measured; kernels are
+    those that rows must be of.
     """
 
     clock: Clock
@@ -55,6 +57,12 @@ class Bench:
     save: Callable[[Report], None]
     say: Callable[[str], None]
     problems: list[str] = dataclasses.field(default_factory=list)
+    kernels: str = dataclasses.field(default_factory=kernels)
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """The columns of a row that say what measured it."""
+        return {"kernels": self.kernels, "commit": self.report["commit"]}
 
     def problem(self, line: str) -> None:
         self.problems.append(line)
@@ -79,15 +87,21 @@ class Bench:
 
 def run_sweep(sweep: Sweep, bench: Bench) -> None:
     """Measure what the report lacks. One case that fails is a problem and does not end the rest."""
-    if not bench.report["ceilings"]:
-        bench.say("ceilings: copy and read of 1 GiB, bf16 and int8 products of 8192 x 8192")
-        bench.report["ceilings"] = measure_ceilings(bench.clock)
-        bench.save(bench.report)
+    find_ceilings(bench)
     for n, k in sweep.shapes:
         for group_size in sweep.group_sizes:
             _measure_ours(sweep, n, k, group_size, bench)
     for n, k in sweep.shapes:  # last: XLA's search for its fastest kernels takes most of the time
         _measure_baselines(sweep, n, k, bench)
+
+
+def find_ceilings(bench: Bench) -> None:
+    """Measure them where the report has not all of them."""
+    if not NAMES <= bench.report["ceilings"].keys():
+        bench.say("ceilings: ways through 4 GiB of memory, bf16 and int8 products of 8192 x 8192")
+        found = measure_ceilings(bench.clock)
+        bench.report["ceilings"] = {**found, "commit": bench.report["commit"]}
+        bench.save(bench.report)
 
 
 def _measure_baselines(sweep: Sweep, n: int, k: int, bench: Bench) -> None:
@@ -119,7 +133,8 @@ def _measure_baselines(sweep: Sweep, n: int, k: int, bench: Bench) -> None:
             name = f"fp8_torch_{scales}_us"
             times[name] = functools.partial(torch.median_us, m, scales, bench.clock)
         found = {name: _column(times.get(name), name, m, n, k, bench) for name in baselines.COLUMNS}
-        bench.report["baselines"].append({"m": m, "n": n, "k": k, **found})
+        place = {"m": m, "n": n, "k": k}
+        bench.report["baselines"].append(place | found | {"commit": bench.report["commit"]})
         for row in bench.report["rows"]:
             if (row["m"], row["n"], row["k"]) == (m, n, k):
                 row |= _baseline_columns(bench.report, m, n, k)
@@ -163,7 +178,7 @@ def _measure_ours(sweep: Sweep, n: int, k: int, group_size: int, bench: Bench) -
         (backend, m)
         for backend in sweep.backends
         for m in sweep.tokens
-        if not has_row(bench.report, backend=backend, m=m, **wanted)
+        if not has_row(bench.report["rows"], wanted | {"backend": backend, "m": m}, bench.kernels)
     ]
     if not missing:
         return
@@ -183,6 +198,7 @@ def _measure_ours(sweep: Sweep, n: int, k: int, group_size: int, bench: Bench) -
         row = {"backend": backend, "group_size": group_size, "m": m, "n": n, "k": k}
         place = f"{backend} {n}x{k} group size {group_size} m={m}"
         bench.say(place)
+        drop_row(bench.report["rows"], row)
         try:
             y = call(run, *arguments[backend, m], layers[1])
             wrong, error = call(compare[m], y, expected)
@@ -206,7 +222,8 @@ def _keep(row: dict[str, Any], place: str, bench: Bench) -> None:
     }
     if bench.believes(place, columns["gbps"]):
         sizes = {name: row[name] for name in ("backend", "group_size", "m", "n", "k", "us")}
-        bench.report["rows"].append({**sizes, **columns, "rel_err": row["rel_err"]})
+        found = {**sizes, **columns, "rel_err": row["rel_err"], **bench.origin}
+        bench.report["rows"].append(found)
         bench.save(bench.report)
 
 

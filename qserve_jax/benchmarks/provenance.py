@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -11,7 +12,10 @@ from typing import Any
 
 import jax
 
-ROOT = Path(__file__).parents[2]
+PACKAGE = Path(__file__).parents[1]
+ROOT = PACKAGE.parent
+NUMBERS = ("numerics", "packing", "qtensor")
+KERNEL_SOURCES = ("pallas_kernels", *(f"quantization/{name}.py" for name in NUMBERS))
 
 
 def provenance() -> dict[str, Any]:
@@ -23,6 +27,19 @@ def provenance() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "commit": commit(),
     }
+
+
+def kernels(package: Path = PACKAGE) -> str:
+    """A hash of the files that a kernel's time depends on, KERNEL_SOURCES: by it a row of one
+    commit is known to be of another commit's kernels too. Tuned configs are among them."""
+    found = hashlib.sha256()
+    for source in KERNEL_SOURCES:
+        top = (package / source).resolve()  # of a link, the folder
+        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
+            if path.suffix in (".py", ".json"):
+                content = path.read_bytes()
+                found.update(f"{source} {path.relative_to(top)} {len(content)} ".encode() + content)
+    return found.hexdigest()[:12]
 
 
 def commit() -> str:

@@ -1,6 +1,7 @@
 """What a benchmark found: the dict that is written as JSON, as a table and as CSV.
 
-device, jax, commit, versions   where it was measured
+device, jax, protocol           where and how all of it was measured
+commit, versions                of the last run
 ceilings    see `ceilings.measure_ceilings`
 baselines   {"m", "n", "k", "bf16_us", "int8_us", "fp8_xla_us", "fp8_torch_tensor_us",
             "fp8_torch_row_us"}: what depends on the sizes only; null where it cannot be had
@@ -8,6 +9,11 @@ rows        {"backend", "group_size", "m", "n", "k", "us", "bf16_us", "int8_us",
             "tops", "rel_err"}: fp8_us is the fastest of the three; gbps counts the weights' codes
             and group scales once; rel_err is the norm of the difference to the float32 epilogue
             of the exact sums, over that one's norm (rounding to bf16 alone gives about 1.7e-3)
+
+A report may be continued by later commits: ceilings, baselines and rows each have the "commit" that
+measured them, and rows the "kernels" (`provenance.kernels`) too. Baselines need none of ours, and
+stay; a row of other kernels than this checkout's is not present: when its turn comes, it is dropped
+and measured again. Files from before that had one commit for all, which their parts get when read.
 """
 
 from __future__ import annotations
@@ -23,14 +29,14 @@ from typing import Any
 import jax
 
 from qserve_jax.benchmarks.baselines import best_fp8
-from qserve_jax.benchmarks.ceilings import roofline_share
+from qserve_jax.benchmarks.ceilings import memory_rates, roofline_share
 from qserve_jax.benchmarks.clock import PROTOCOL
 from qserve_jax.benchmarks.provenance import provenance
 
 Report = dict[str, Any]
 ROW = (
     *("backend", "group_size", "m", "n", "k", "us"),
-    *("bf16_us", "int8_us", "fp8_us", "gbps", "tops", "rel_err"),
+    *("bf16_us", "int8_us", "fp8_us", "gbps", "tops", "rel_err", "kernels", "commit"),
 )  # in this order
 
 
@@ -50,17 +56,43 @@ def empty_report() -> Report:
 
 
 def read_report(path: Path) -> Report | None:
-    """A saved report; None where there is no file. Raises ValueError on another file."""
+    """A saved report; None where there is no file. Raises ValueError on another file.
+
+    Of the older form, the parts get the report's commit; which kernels its rows are of is unknown.
+    """
     if not path.exists():
         return None
     try:
         report = json.loads(path.read_text())
-        complete = all(name in report for name in ("device", "ceilings", "baselines", "rows"))
+        needed = ("device", "commit", "ceilings", "baselines", "rows")
+        complete = all(name in report for name in needed)
     except (ValueError, TypeError):
         complete, report = False, None
-    if not complete:
+    if not complete or report is None:
         raise ValueError(f"{path} holds no results of this command: name another file")
+    _say_origins(report)
     return report
+
+
+def _say_origins(report: Report) -> None:
+    """Of a report of the older form, to the parts."""
+    measured = [report["ceilings"]] if report["ceilings"] else []
+    for part in (*measured, *report["baselines"], *all_rows(report)):
+        part.setdefault("commit", report["commit"])
+    for row in all_rows(report):
+        row.setdefault("kernels", None)
+
+
+def all_rows(report: Report) -> list[dict[str, Any]]:
+    """Of every list but the baselines."""
+    lists = {name: part for name, part in report.items() if isinstance(part, list)}
+    return [row for name, rows in lists.items() if name != "baselines" for row in rows]
+
+
+def commits(report: Report) -> str:
+    """Of the rows, shortened, each once; of a report without rows its own."""
+    found = [row["commit"] for row in all_rows(report)] or [report["commit"]]
+    return ", ".join(dict.fromkeys(name[:12] for name in found))
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -70,19 +102,29 @@ def write_report(path: Path, report: Report) -> None:
     os.replace(beside, path)
 
 
-def check_same_origin(report: Report, here: Report) -> None:
-    """ValueError unless `report` can be continued here: results of two origins do not mix."""
-    for name in ("device", "jax", "commit", "protocol"):
+def continued(report: Report, here: Report) -> Report:
+    """A saved report as one of this run too.
+
+    Raises ValueError where the device, JAX's version or the protocol is another: these do not mix.
+    """
+    for name in ("device", "jax", "protocol"):
         if report.get(name) != here[name]:
             raise ValueError(
                 f"the saved results are of {name} {report.get(name)!r}, this is {here[name]!r}: "
                 "save to another file"
             )
+    return report | {name: here[name] for name in ("commit", "versions")}
 
 
-def has_row(report: Report, **wanted: Any) -> bool:
-    """Whether a row has all these values."""
-    return any(all(row[name] == value for name, value in wanted.items()) for row in report["rows"])
+def has_row(rows: list[dict[str, Any]], wanted: dict[str, Any], kernels: str) -> bool:
+    """Whether a row has all these values and is of these kernels."""
+    wanted = wanted | {"kernels": kernels}
+    return any(all(row.get(name) == v for name, v in wanted.items()) for row in rows)
+
+
+def drop_row(rows: list[dict[str, Any]], wanted: dict[str, Any]) -> None:
+    """Take out the row that has all these values, of whatever kernels."""
+    rows[:] = [row for row in rows if any(row.get(name) != v for name, v in wanted.items())]
 
 
 def baseline(report: Report, m: int, n: int, k: int) -> dict[str, Any] | None:
@@ -102,10 +144,11 @@ def fp8_winner(report: Report, row: dict[str, Any]) -> str:
 def table(report: Report) -> str:
     """Markdown: the ceilings, and a line per row."""
     ceilings = report["ceilings"]
+    rates = ", ".join(f"{way} {rate:.0f}" for way, rate in memory_rates(ceilings).items())
     lines = [
-        f"{report['device']}, jax {report['jax']}, commit {report['commit'][:12]}",
-        "ceilings: HBM copy {hbm_copy_gbps:.0f} and read {hbm_read_gbps:.0f} GB/s; "
-        "XLA at 8192^3 int8 {int8_tops:.0f} TOP/s, bf16 {bf16_tops:.0f} TFLOP/s".format(**ceilings),
+        f"{report['device']}, jax {report['jax']}, commit {commits(report)}",
+        f"ceilings: HBM {rates} GB/s; XLA at 8192^3 int8 {ceilings['int8_tops']:.0f} TOP/s, "
+        f"bf16 {ceilings['bf16_tops']:.0f} TFLOP/s",
         "",
         "| backend | group | N x K | M | us | GB/s | TOP/s | of ceiling | bf16 us | int8 us "
         "| fp8 us | rel_err |",

@@ -117,9 +117,22 @@ def throughput(
     }
 
 
-def decode(loaded: LoadedModel, work: Workload, repeats: int = 3) -> Row:
-    """Decoding alone: `batch` sequences that have `input` tokens in the cache make `output` more,
-    in calls of DECODE_STEPS; the fastest of `repeats` runs. The cached tokens are zeros."""
+@dataclasses.dataclass
+class Decoding:
+    """`batch` sequences that have `input` tokens (zeros) in the cache and make `output` more.
+
+    run(params, cache, state, steps) is jitted, and takes the cache.
+    """
+
+    run: Callable[..., tuple[Any, DecodeState, Any]]
+    params: Any
+    cache: Any
+    state: DecodeState
+    steps: int
+
+
+def make_decoding(loaded: LoadedModel, work: Workload) -> Decoding:
+    """Nothing is compiled yet. A call makes DECODE_STEPS steps, or `output` where that is less."""
     backend, attends = work.settings.get("backend"), work.settings.get("attends", "full")
     model = loaded.model if backend is None else loaded.model.clone(backend=backend)
     params = prepare_for_backend(loaded.params, backend, act_bits=model.act_bits)
@@ -133,7 +146,6 @@ def decode(loaded: LoadedModel, work: Workload, repeats: int = 3) -> Row:
         kv_bits=loaded.quant_config.kv_bits,
         dtype=params["embed"]["embedding"].dtype,
     )
-    cache_bytes = nbytes(cache)
     sampling, features = make_sampling_state([work.params] * b, [0] * b, pad_to=b)
     state = DecodeState(
         tokens=jnp.ones(b, jnp.int32),
@@ -148,23 +160,29 @@ def decode(loaded: LoadedModel, work: Workload, repeats: int = 3) -> Row:
     loop = functools.partial(
         decode_loop, model, max_steps=steps, features=features, attends=attends
     )
-    run = jax.jit(loop, donate_argnums=1)
-    cache, _, _ = jax.block_until_ready(run(params, cache, state, steps))  # compiles
+    return Decoding(jax.jit(loop, donate_argnums=1), params, cache, state, steps)
+
+
+def decode(loaded: LoadedModel, work: Workload, repeats: int = 3) -> Row:
+    """Decoding alone; the fastest of `repeats` runs."""
+    d = make_decoding(loaded, work)
+    cache_bytes, cache = nbytes(d.cache), d.cache
+    cache, _, _ = jax.block_until_ready(d.run(d.params, cache, d.state, d.steps))  # compiles
     best = float("inf")
     for _ in range(repeats):
-        now, start = state, time.perf_counter()
-        for _ in range(-(-work.output // steps)):
-            cache, now, out = run(params, cache, now, steps)
+        now, start = d.state, time.perf_counter()
+        for _ in range(-(-work.output // d.steps)):
+            cache, now, out = d.run(d.params, cache, now, d.steps)
         jax.block_until_ready((cache, now, out))
         best = min(best, time.perf_counter() - start)
     return {
         "bench": "decode",
         **workload_columns(work),
-        "tokens_per_s": b * work.output / best,
+        "tokens_per_s": work.batch * work.output / best,
         "tpot_ms": 1e3 * best / work.output,
         "seconds": best,
         "decode_steps": work.output,
-        **memory(params, cache_bytes, loaded.config, loaded.quant_config.kv_bits),
+        **memory(d.params, cache_bytes, loaded.config, loaded.quant_config.kv_bits),
     }
 
 

@@ -61,7 +61,7 @@ def add_parsers(commands: Any) -> None:
         add("--output", choices=FORMATS, default="table", help="(default: table)")
         add("--save", type=Path, metavar="FILE",
             help="write JSON after every row; what the file already has is not measured again")
-        add("--plot", type=Path, metavar="FILE.png", help="draw the rows")
+        add("--plot", type=_cli.picture, metavar="FILE.png", help="draw the rows")
         # fmt: on
         _cli.add_model_arguments(parser)
         parser.set_defaults(run=run)

@@ -37,7 +37,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     check_free(final)
     partial = partial_of(final)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    make_folder(partial)
     try:
         yield partial
         os.replace(partial, final)
@@ -52,6 +52,16 @@ def check_free(path: Path) -> None:
         return  # a link, which a folder cannot be renamed to, is no empty directory
     if path.exists() or path.is_symlink():
         raise CheckpointError(f"{path} exists already: choose another output, or remove it")
+
+
+def make_folder(path: Path) -> None:
+    """With its parents, unless it is there. Raises CheckpointError where it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be made ({error.strerror}): choose another output"
+        ) from None
 
 
 def partial_of(path: Path) -> Path:

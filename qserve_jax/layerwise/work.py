@@ -21,7 +21,12 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from qserve_jax.checkpoint.atomic import check_free, copy_companions, partial_of
+from qserve_jax.checkpoint.atomic import (
+    check_free,
+    copy_companions,
+    make_folder,
+    partial_of,
+)
 from qserve_jax.checkpoint.errors import CheckpointError, listing
 from qserve_jax.checkpoint.hf import INDEX, read_json, tensor_specs
 from qserve_jax.models.config import brief
@@ -76,7 +81,7 @@ def open_work(
     """
     check_free(output)
     folder = partial_of(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lock = os.open(folder, os.O_RDONLY)
     try:
         _lock(lock, folder)

@@ -228,7 +228,13 @@ class Engine:
 
     def _launch(self) -> bool:
         """The next calls; whether there were any."""
-        plan = self.scheduler.schedule(self._most_steps(), WAITING_STEPS, drained=not self._calls)
+        plan = self.scheduler.schedule(
+            self._most_steps(),
+            WAITING_STEPS,
+            drained=not self._calls,
+            # Where nobody watches, steps of a batch that is not full yet are steps too many.
+            between=int(self._is_watched()),
+        )
         if plan is None:
             return False
         if plan.chunks:
@@ -239,11 +245,15 @@ class Engine:
 
     def _most_steps(self) -> int:
         """Decode steps of the next call: few where somebody listens."""
-        scheduler = self.scheduler
-        if not any(s.listener for s in (*scheduler.running, *scheduler.waiting)):
+        if not self._is_watched():
             return MAX_DECODE_STEPS
         at_once = 1 if self._step_seconds is None else int(STREAM_SECONDS / self._step_seconds)
         return min(max(at_once, 1), MAX_DECODE_STEPS)
+
+    def _is_watched(self) -> bool:
+        """Whether somebody gets tokens as they come."""
+        scheduler = self.scheduler
+        return any(s.listener for s in (*scheduler.running, *scheduler.waiting))
 
     def _launch_prefill(self, chunks: list[Chunk]) -> None:
         launched, batch = clock(), [c.sequence for c in chunks]

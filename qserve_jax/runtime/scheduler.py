@@ -68,11 +68,13 @@ class Scheduler:
         self._share_prefixes, self._salted = share_prefixes, salted
         self._slots = list(range(max_num_seqs - 1, -1, -1))
 
-    def schedule(self, most_steps: int, waiting_steps: int, *, drained: bool) -> Plan | None:
+    def schedule(
+        self, most_steps: int, waiting_steps: int, *, drained: bool, between: int = 1
+    ) -> Plan | None:
         """Grow who runs, admit who waits, and say what to run next.
 
         most_steps: of decoding; at most `waiting_steps` while someone waits for a place or pages,
-          and one while prompts wait for prefill.
+          and `between` after a prefill call while prompts wait for the next one.
         drained: no call is on its way. Only then is somebody preempted, because only then are all
           tokens known; otherwise the answer is None: look at what the calls bring, and come again.
         """
@@ -88,7 +90,7 @@ class Scheduler:
         if self.waiting:
             steps = min(steps, waiting_steps)
         if more_prefill:
-            steps = min(steps, 1)
+            steps = min(steps, between)
         while steps > 1 and not self._grow(decoding, steps):
             steps //= 2
         return Plan(chunks, decoding, steps)

@@ -22,6 +22,7 @@ from qserve_jax.benchmarks.attention_cases import (
     make_paged,
 )
 from qserve_jax.benchmarks.attention_error import dequantized, worst_error
+from qserve_jax.benchmarks.ceilings import NAMES
 from qserve_jax.benchmarks.matmul import Bench
 from qserve_jax.pallas_kernels import paged_attention
 from qserve_jax.pallas_kernels.paged_attention.reference import read_pages
@@ -31,7 +32,7 @@ START = {
     "device": "a GPU",
     "jax": "1",
     "commit": "c" * 40,
-    "ceilings": {"hbm_copy_gbps": 4000.0, "hbm_read_gbps": 4400.0},
+    "ceilings": dict.fromkeys(NAMES, 4000.0) | {"hbm_read_max_gbps": 4400.0, "commit": "c" * 40},
     "baselines": [],
     "rows": [],
 }
@@ -87,12 +88,24 @@ def test_rows_and_resumption(small_cache, monkeypatch):
         assert row["attends"] == "full" or 1e-4 < row["rel_err"] < 2.5e-3  # rounding to bf16
     assert [len(report[name]) for name in attention.LISTS] == [1, 1, 1]
     assert 1e-4 < report["chunked_prefill"][0]["rel_err"] < 2.5e-3
-    assert len(report["baselines"]) == 2 and len(saved) == 6
+    assert len(report["baselines"]) == 4 and len(saved) == 6
     clock = FakeClock()
     again, _, _ = run(clock, monkeypatch, json.loads(saved[-1]))
     assert clock.calls == 0 and again.report == report
+    old = json.loads(saved[-1]) | {"commit": "d" * 40}
+    for row in (old["rows"][1], *old["append"], *old["prefill"], *old["chunked_prefill"]):
+        row["kernels"] = "of old"
+    clock = FakeClock(20.0)
+    again, _, _ = run(clock, monkeypatch, old)
+    assert clock.calls == 4 and again.report["baselines"] == report["baselines"]  # cuDNN's stay
+    found = [(r["us"], r["cudnn_bf16_us"], r["commit"][0]) for r in again.report["rows"]]
+    assert found == [(10.0, 10.0, "c"), (10.0, 10.0, "c"), (20.0, 10.0, "d")]
+    for name in ("prefill", "chunked_prefill"):
+        assert [(r["us"], r["cudnn_bf16_us"]) for r in again.report[name]] == [(20.0, 10.0)]
+    assert "commit cccccccccccc, dddddddddddd\n" in attention_report.table(again.report)
     text = attention_report.table(report)
     assert "| reference | 4 | quantized | 4 | 2 | 64 | 2 | 70 | 10.0 |" in text
+    assert "kernels" not in text and "commit" not in text[20:]
     assert "chunked prefill" in text and "| 3-65 |" in text
     assert len(attention_report.comma_separated(report).splitlines()) == 4
     assert list(attention_report.curves(report)) == ["reference 4/2/64 KV4"]
@@ -141,6 +154,32 @@ def test_the_sweep_is_the_issue_s():
     assert all(c.batch == 64 and 256 <= min(c.lengths) and max(c.lengths) <= 4096 for c in ragged)
     assert statistics.mean(ragged[0].lengths) == pytest.approx(2176, rel=0.15)
     assert (command.BATCHES, command.CONTEXTS) == (BATCHES, CONTEXTS)
+
+
+def cases_of(flags):
+    arguments = f"kernels --op attention {flags}".split()
+    return command.attention_cases(command.build_parser().parse_args(arguments))
+
+
+def test_without_flags_the_other_models_are_measured_where_they_differ():
+    cases = cases_of("")
+    llama = [c for c in cases if (c.heads, c.kv_heads, c.head_dim) == HEADS[0]]
+    assert llama == decode_cases(HEADS[:1], (4, 8, 16), BATCHES, CONTEXTS)
+    assert len(cases) == len(set(cases)) == 3 * 19 + 5 * (5 * 2 + 1 + 2 * 2)
+    for shape in HEADS[1:]:
+        mine = [c.place for c in cases if (c.heads, c.kv_heads, c.head_dim) == shape]
+        eight = [(c["b"], c["ctx"]) for c in mine if c["kv_bits"] == 8]
+        assert eight == [(16, 1024), (16, 4096), (256, 1024), (256, 4096)]
+        four = [(c["b"], c.get("ctx")) for c in mine if c["kv_bits"] == 4]
+        assert four == [(b, n) for b in BATCHES for n in (1024, 4096)] + [(64, None)]
+
+
+def test_a_flag_asks_for_all_combinations():
+    assert cases_of("--kv-bits 4 8 16") == decode_cases(HEADS, (4, 8, 16), BATCHES, CONTEXTS)
+    shape = (14, 2, 64)
+    found = cases_of("--heads 14/2/64 --batch 1 16 --kv-bits 8 8")
+    assert found == decode_cases((shape,), (8,), (1, 16), CONTEXTS) and len(found) == 8
+    assert cases_of("--context 64") == decode_cases(HEADS, (4, 8, 16), BATCHES, (64,))
 
 
 def test_flags(capsys, tmp_path):

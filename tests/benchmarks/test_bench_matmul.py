@@ -3,20 +3,18 @@
 import csv
 import io
 import json
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from qserve_jax.benchmarks import baselines, ceilings, matmul, plot, report
+from qserve_jax.benchmarks import baselines, ceilings, matmul, plot, provenance, report
 from qserve_jax.pallas_kernels import w4a8_matmul
 
-CEILINGS = {
-    "hbm_copy_gbps": 4000.0,
-    "hbm_read_gbps": 4400.0,
-    "bf16_tops": 800.0,
-    "int8_tops": 1600.0,
-}
+MEMORY = dict.fromkeys(ceilings.MEMORY, 4000.0) | {"hbm_read_max_gbps": 4400.0}
+CEILINGS = MEMORY | {"bf16_tops": 800.0, "int8_tops": 1600.0}
+HERE = {"kernels": provenance.kernels(), "commit": "c" * 40}
 N, K = 64, 256
 ONCE = N * K * (0.5 + 2 / 128) / 1e3  # microseconds of reading the weight at 1 GB/s
 
@@ -24,7 +22,7 @@ ONCE = N * K * (0.5 + 2 / 128) / 1e3  # microseconds of reading the weight at 1 
 def make_report(**more):
     start = {"device": "a GPU", "jax": "1", "commit": "c" * 40, "versions": {"jax": "1"}}
     start["protocol"] = "a stopwatch"
-    return start | {"ceilings": CEILINGS, "baselines": [], "rows": []} | more
+    return start | {"ceilings": CEILINGS | {"commit": "c" * 40}, "baselines": [], "rows": []} | more
 
 
 class FakeClock:
@@ -82,6 +80,57 @@ def test_what_a_report_has_is_not_measured_again():
     assert clock.calls == 0
 
 
+@pytest.mark.parametrize("kernels", ["of old", None])
+def test_rows_of_other_kernels_are_measured_again_and_baselines_stay(kernels):
+    first, _, _ = run(FakeClock(10.0), make_report(), tokens=(1,))
+    old = json.loads(json.dumps(first.report)) | {"commit": "d" * 40}
+    assert [row["commit"] for row in (*old["rows"], *old["baselines"])] == ["c" * 40] * 3
+    old["rows"][1]["kernels"] = kernels
+    clock = FakeClock(20.0)
+    bench, _, _ = run(clock, old, tokens=(1,))
+    assert clock.calls == 1
+    found = [(r["group_size"], r["us"], r["bf16_us"], r["commit"]) for r in bench.report["rows"]]
+    assert found == [(128, 10.0, 10.0, "c" * 40), (-1, 20.0, 10.0, "d" * 40)]
+    assert bench.report["baselines"] == first.report["baselines"]
+
+
+def test_a_row_of_other_kernels_does_not_outlive_a_failure():
+    first, _, _ = run(FakeClock(10.0), make_report(), tokens=(1,), group_sizes=(128,))
+    first.report["rows"][0]["kernels"] = "of old"
+    bench, _, _ = run(FakeClock(1e-9), first.report, tokens=(1,), group_sizes=(128,))
+    assert bench.report["rows"] == [] and "rejected as a measuring error" in bench.problems[0]
+
+
+def test_ceilings_that_lack_a_way_are_measured_again(monkeypatch):
+    monkeypatch.setattr(matmul, "measure_ceilings", lambda _: dict(CEILINGS))
+    old = {"hbm_copy_gbps": 1.0, "hbm_read_gbps": 1.0, "bf16_tops": 1.0, "int8_tops": 1.0}
+    bench, saved, _ = run(FakeClock(10.0), make_report(ceilings=old), (1,), (128,), ())
+    assert bench.report["ceilings"] == CEILINGS | {"commit": "c" * 40}
+    assert json.loads(saved[0])["ceilings"] == bench.report["ceilings"]
+
+
+def test_the_kernels_are_the_contents_of_their_files(tmp_path):
+    """As in a package, where pallas_kernels is a link or a folder; nothing else counts."""
+
+    def write(name, text):
+        (tmp_path / "package" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "package" / name).write_text(text)
+        return provenance.kernels(tmp_path / "package")
+
+    for name in ("numerics", "packing"):
+        (tmp_path / "package" / "quantization").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "package" / "quantization" / f"{name}.py").write_text(name)
+    (tmp_path / "package" / "pallas_kernels" / "op").mkdir(parents=True)
+    found = [write("quantization/qtensor.py", "a"), write("pallas_kernels/op/b.py", "b")]
+    found += [write("pallas_kernels/op/b.py", "c"), write("pallas_kernels/op/tuned/d.json", "{}")]
+    found += [write("quantization/qtensor.py", "b")]
+    assert len(set(found)) == 5 and all(re.fullmatch("[0-9a-f]{12}", name) for name in found)
+    assert write("quantization/params.py", "d") == write("pallas_kernels/b.pyc", "") == found[-1]
+    (tmp_path / "package" / "pallas_kernels").rename(tmp_path / "kernels")
+    (tmp_path / "package" / "pallas_kernels").symlink_to("../kernels")
+    assert provenance.kernels(tmp_path / "package") == found[-1]
+
+
 def test_a_row_above_the_memory_ceiling_is_rejected():
     """The ceiling is the better of copy and read; a baseline above it is null."""
     bench, _, _ = run(FakeClock(ONCE / 4401), make_report(), tokens=(1,), group_sizes=(128,))
@@ -120,13 +169,26 @@ def test_a_backend_that_cannot_is_told_and_one_that_fails_is_a_problem(monkeypat
 
 
 def test_ceilings_are_rates_of_the_work_done():
-    found = ceilings.measure_ceilings(lambda call: [2.0], words=1000, size=64)
-    assert found == {
-        "hbm_copy_gbps": 4.0,  # 4000 bytes read and as many written, in 2 us
-        "hbm_read_gbps": 2.0,
+    def clock(call):
+        results.append(call(0))
+        return [2.0]
+
+    results, words = [], 2**14
+    found = ceilings.measure_ceilings(clock, words, size=64)
+    assert found == {  # bytes read and written, in 2 us
+        "hbm_copy_gbps": 4 * words / 2e3,
+        "hbm_merge_gbps": pytest.approx(4 * words * 17 / 16 / 2e3),
+        "hbm_read_max_gbps": (4 * words + 4) / 2e3,
+        "hbm_read_rows_gbps": (4 * words + 4 * 2) / 2e3,
+        "hbm_read_bf16_gbps": (4 * words + 4 * 4) / 2e3,
         "bf16_tops": pytest.approx(64**3 / 1e6),
         "int8_tops": pytest.approx(64**3 / 1e6),
     }
+
+
+def test_memory_is_as_fast_as_the_fastest_way():
+    assert ceilings.memory_ceiling(CEILINGS | {"commit": "c" * 40}) == 4400
+    assert ceilings.memory_ceiling({"hbm_copy_gbps": 4277.0, "hbm_read_gbps": 4224.0}) == 4277
 
 
 def test_the_ceiling_that_binds():
@@ -138,7 +200,10 @@ def test_the_ceiling_that_binds():
 ROW = dict(
     zip(
         report.ROW,
-        ("mosaic_sm90", -1, 16, 4096, 128, 5.0, 10.0, None, 7.5, 2200.0, 40.0, 1.66e-3),
+        (
+            *("mosaic_sm90", -1, 16, 4096, 128, 5.0, 10.0, None, 7.5, 2200.0, 40.0, 1.66e-3),
+            *HERE.values(),
+        ),
         strict=True,
     )
 )
@@ -149,8 +214,12 @@ BASELINE = {
 
 
 def test_formats():
+    """Commits are those of the rows."""
     found = make_report(rows=[ROW], baselines=[BASELINE])
     last = report.FORMATS["table"](found).splitlines()[-1]
+    first, second, *_ = report.FORMATS["table"](found | {"commit": "e" * 40}).splitlines()
+    assert first == "a GPU, jax 1, commit cccccccccccc"
+    assert "HBM copy 4000, merge 4000, read max 4400, read rows 4000, read bf16 4000 GB/s" in second
     assert last == (
         "| mosaic_sm90 | channel | 4096x128 | 16 | 5.0 | 2200 | 40 | 50% memory | 10.0 (2.00x) | - "
         "| 7.5 (1.50x) torch_tensor | 1.7e-03 |"
@@ -167,18 +236,24 @@ def test_files(tmp_path):
     found = make_report(rows=[ROW])
     report.write_report(path, found)
     assert report.read_report(path) == found and list(tmp_path.iterdir()) == [path]
+    old = {name: value for name, value in ROW.items() if name not in HERE}
+    report.write_report(path, found | {"rows": [old], "baselines": [BASELINE]})
+    read = report.read_report(path)
+    assert read and read["rows"] == [old | HERE | {"kernels": None}]
+    assert read["baselines"] == [BASELINE | {"commit": "c" * 40}]
     for text in ("{", "[]", "{}", "3"):
         path.write_text(text)
         with pytest.raises(ValueError, match="r.json holds no results of this command: name ano"):
             report.read_report(path)
 
 
-def test_results_of_two_origins_do_not_mix():
-    here = make_report()
-    report.check_same_origin(make_report(rows=[ROW]), here)
-    for name in ("device", "jax", "commit", "protocol"):
+def test_another_commit_goes_on_and_other_origins_do_not_mix():
+    here = make_report(commit="d" * 40, versions={"jax": "1", "python": "4"})
+    found = report.continued(make_report(rows=[ROW], versions={}), here)
+    assert found == here | {"rows": [ROW]}
+    for name in ("device", "jax", "protocol"):
         with pytest.raises(ValueError, match=f"the saved results are of {name} 'other', this is "):
-            report.check_same_origin(make_report(**{name: "other"}), here)
+            report.continued(make_report(**{name: "other"}), here)
 
 
 def test_an_empty_report_says_where_it_is_from():

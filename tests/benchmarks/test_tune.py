@@ -74,24 +74,18 @@ def test_entries_replace_their_like(tmp_path):
 
 
 def test_prepared_configs_can_run_and_are_not_the_heuristic_s():
-    for (m, n, k), configs in tune_kernels.PREPARED.items():
-        for per_group in (True, False):
-            chosen = sm90_config.choose_config(m, n, k, per_group)
-            for fields in configs:
-                config = sm90_tiles.Sm90Config(*fields)
-                if config.biased and not per_group:
-                    continue
-                sm90_config.check_config(config, m, n, per_group)
-                assert config != chosen
-                assert sm90_tiles.cut(config, m, n).last == config.last
+    args = types.SimpleNamespace(group_size=[128, -1])
+    cases = list(tune_kernels.prepared_cases(args))  # pyright: ignore[reportArgumentType]
+    assert len(cases) == 2 * len(tune_kernels.PREPARED)
+    for _, m, n, k, group_size, _, configs in cases:
+        chosen = sm90_config.choose_config(m, n, k, group_size == 128)
+        assert len({chosen, *configs}) == 1 + len(configs)
+        for config in configs:
+            sm90_config.check_config(config, m, n, group_size == 128)
+            assert sm90_tiles.cut(config, m, n).last == config.last
 
 
 def test_only_what_is_prepared_is_measured():
-    args = types.SimpleNamespace(group_size=[-1])
-    cases = list(tune_kernels.prepared_cases(args))  # pyright: ignore[reportArgumentType]
-    assert len(cases) == len(tune_kernels.PREPARED)
-    assert cases[0][:6] == ("wgmma", 256, 28672, 4096, -1, 0) and len(cases[0][6]) == 7
-
     def measure(configs):
         return [{"start": 5.0, "slow": 6.0, "fast": 4.0}.get(c) for c in configs]
 

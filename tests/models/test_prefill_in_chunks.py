@@ -66,9 +66,10 @@ def shapes_of(tree):
 
 @pytest.mark.parametrize("kv_bits", [4, 8, 16])
 @pytest.mark.parametrize("step", ["decode", "chunk"])
-def test_a_layer_on_a_gpu(step, kv_bits):
+def test_a_layer_on_a_gpu(step, kv_bits, monkeypatch):
     """Ten kernels of ours in the loop over layers, by name, and the cache aliased through one. No
     two matmuls have the same shape: those would be one function that is called twice."""
+    monkeypatch.setattr("qserve_jax.models.llama.LAYERS_AT_ONCE", 1)
     config = ModelConfig("llama", 64, 128, 384, 2, 4, 2, 64, 512)
     model = CausalLM(config, backend="mosaic_sm90")
 

@@ -254,8 +254,9 @@ class Gpu:
         return type(value)(self._warps(value.value)[:, np.arange(32) ^ lanes].reshape(-1))
 
     def value_of_lane(self, value, lane):
-        lanes = self._warps(lane.value) % 32
-        return F32(np.take_along_axis(self._warps(value.value), lanes.astype(int), 1).reshape(-1))
+        lanes = self._warps(unsigned(lane)) % 32
+        found = np.take_along_axis(self._warps(value.value), lanes.astype(int), 1)
+        return type(value)(found.reshape(-1))
 
     def any_lane(self, condition):
         any_ = self._warps(condition.value).any(1, keepdims=True)
@@ -321,6 +322,8 @@ class Gpu:
 
     def sync_cluster(self):
         assert self.active.all()
+
+    meet_cluster = sync_cluster
 
     # Memory
 

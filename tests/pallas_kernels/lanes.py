@@ -152,7 +152,7 @@ class Machine:
 
     def any_lane(self, condition):
         self._whole_warps()
-        return Predicate(np.repeat(condition.values.reshape(-1, 32).any(1), 32))
+        return Predicate(condition.values.reshape(-1, 32).any(1).repeat(32))
 
     def sync_block(self, threads, barrier=1):
         assert self.mask.all() and threads == self.thread.max() + 1
@@ -270,6 +270,9 @@ class Machine:
     def reciprocal(self, x):
         return F32(np.float32(1) / x.values)
 
+    def opaque(self, word):
+        return word
+
     # Halves and bytes
 
     def pack_halves(self, low, high, dtype):
@@ -286,13 +289,13 @@ class Machine:
         low = [x.values & 0xFF for x in (a, b, c, d)]
         return I32(low[0] | low[1] << 8 | low[2] << 16 | low[3] << 24)
 
+    def masked_or(self, word, mask, bits):
+        return (word & mask) | bits
+
     def pick_bytes(self, a, b, selector):
         octets = np.stack([a.values, b.values], -1).view(np.uint8)  # [threads, 8]
         picked = [octets[:, selector >> 4 * i & 15] for i in range(4)]
         return I32(np.ascontiguousarray(np.stack(picked, -1)).view(np.uint32).reshape(-1))
-
-    def masked_or(self, word, mask, bits):
-        return word & mask | bits
 
     def add_halves(self, a, b):
         with np.errstate(all="ignore"):

@@ -116,8 +116,10 @@ SM_80_PTX = {
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
     *["shfl.sync.bfly.b32", "shfl.sync.idx.b32", "lop3.b32", "prmt.b32"],
     *["ld.shared.b32", "ld.shared.v2.b32", "ld.shared.v4.b32", "ld.shared.f32"],
-    *["ld.shared.v4.f32", "st.shared.f32", "st.shared.b32", "st.shared.v4.b32"],
-    *["ld.global.nc.b32", "ld.global.nc.v4.b32", "st.global.v4.b32", "st.global.b32"],
+    *["ld.shared.v2.f32", "ld.shared.v4.f32"],
+    *["st.shared.f32", "st.shared.b32", "st.shared.v2.b32", "st.shared.v4.b32"],
+    *["ld.global.nc.b32", "ld.global.nc.v4.b32"],
+    *["st.global.b32", "st.global.v2.b32", "st.global.v4.b32"],
     *["add.rn.f32", "sub.rn.f32", "mul.rn.f32", "fma.rn.f32", "max.NaN.f32"],
     *["add.rn.f16x2", "fma.rn.f16x2", "cvt.rn.bf16x2.f32", "cvt.rn.f16x2.f32"],
     *["ex2.approx.ftz.f32", "rcp.approx.ftz.f32"],
@@ -239,6 +241,7 @@ def test_every_choice_can_run(shape, bits):
         decode_config.check_config(p, config)
         assert config.cluster == 1 or clusters
         assert config.workers <= pages  # none without a page, if the table is full
+        assert 1 in (config.cluster, config.splits) or config.cluster * config.splits > 8
         blocks = b * p.head_blocks
         assert config.alone or blocks * config.cluster * config.splits <= decode_config.SMS
         if blocks >= decode_config.FEW_BLOCKS:
@@ -253,12 +256,16 @@ def test_choices_for_llama_3_8b():
     assert choose(64, 64) == DecodeConfig(3)  # three pages of 8.7 KB in each of four blocks an SM
     assert choose(64, 64, 8) == DecodeConfig(3) and choose(64, 64, 16) == DecodeConfig(2)
     assert choose(32, 64) == DecodeConfig(3, 2)
+    assert choose(16, 16) == choose(16, 24) == DecodeConfig(3, 2)
     assert choose(16, 64) == DecodeConfig(3, 4)
     assert choose(8, 64) == DecodeConfig(3, 4, 2)
-    assert choose(1, 16) == DecodeConfig(3, 4, 4)
-    assert choose(1, 256) == DecodeConfig(3, 4, 8)
-    assert choose(1, 2048) == DecodeConfig(3, 4, 1, 16)
-    assert choose(1, 2048, window=1000) == DecodeConfig(3, 4, 4)  # 17 pages at most
+    assert choose(1, 4) == DecodeConfig(3, 1, 2)
+    assert choose(1, 16) == DecodeConfig(3, 1, 8)  # two pages for each of eight blocks
+    assert choose(1, 64) == DecodeConfig(3, 2, 8)
+    assert choose(1, 256) == DecodeConfig(3, 2, 4, 4)
+    assert choose(2, 256) == DecodeConfig(3, 4, 8)  # splits would fill no more of the GPU
+    assert choose(1, 2048) == DecodeConfig(3, 4, 4, 4)
+    assert choose(1, 2048, window=1000) == DecodeConfig(3, 1, 8)  # 17 pages at most
 
 
 GOOD = DecodeConfig(3, 4, cluster=2)
@@ -271,7 +278,6 @@ GOOD = DecodeConfig(3, 4, cluster=2)
         ({"warpgroups": 3}, "warpgroups must be 1, 2 or 4"),
         ({"cluster": 16}, "cluster must be 1, 2, 4 or 8"),
         ({"splits": 0}, "splits must be at least 1"),
-        ({"splits": 2}, "cluster or splits must be 1"),
         ({"stages": 7}, r"takes \d+ bytes of shared memory, at most 232448"),
     ],
 )

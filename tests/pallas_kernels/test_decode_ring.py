@@ -1,6 +1,7 @@
 """The ring of pages on Hopper, with its own code: four warps in any order, copies landing in any.
 
-Each warp (its lane 0) is a thread of Python, see test_w4a8_ring.py.
+Each warp (its lane 0) is a thread of Python, see test_w4a8_ring.py; of the first warp the lanes
+that copy the first pages, too.
 """
 
 import contextlib
@@ -61,21 +62,23 @@ def emulate(stages, pages, seed, monkeypatch):
         when=when,
         init_barrier=if_active(init_barrier),
         publish_barriers=lambda: None,
+        minimum=min,
+        value_of_lane=lambda value, lane: value,
         expect_bytes=if_active(lambda at, count: barriers[at].arrive(expected=count)),
         copy_to_shared=if_active(copy_to_shared),
         wait=if_active(lambda at, parity: warps.pause(lambda: barriers[at].passes(parity))),
         fence_reads=lambda: warps.pause(),
-        sync_warp=lambda: warps.pause(),
+        sync_warp=lambda: warps.pause(lambda: len(barriers) == 2 * stages),
         arrive=if_active(lambda at: barriers[at].arrive()),
     )
     monkeypatch.setattr(mosaic_sm90, "ptx", ptx)
     started: list[int] = []
     seen: dict[int, list[int]] = {warp: [] for warp in range(4)}
 
-    def run(warp):
+    def begin(index):
         t: Any = types.SimpleNamespace(
-            index=Word(32 * warp),
-            lane=Word(0),
+            index=Word(index),
+            lane=Word(index % 32),
             warpgroup=Word(0),
             ring=Word(BASE),
             pages=Word(pages),
@@ -84,13 +87,19 @@ def emulate(stages, pages, seed, monkeypatch):
         )
         p: Any = types.SimpleNamespace(block_bytes=SIZE)
         ring: Any = mosaic_sm90.BulkCopies(p, DecodeConfig(stages), t, [None])
+        first = ring.prepare()
+        assert index or first == 1000
         ring.start()
-        started.append(warp)
-        warps.pause(lambda: len(started) == 4)  # sync_block
+        started.append(index)
+        warps.pause(lambda: len(started) == 4 + stages - 1)  # sync_block
+        return t, p, ring
+
+    def run(warp):
+        t, p, ring = begin(32 * warp)
         slot, parity = Word(0), Word(0)
         for i in map(Word, range(pages)):
             later = t.page_id(p, i + stages)
-            place = ring.wait(i, slot, parity, later)
+            place = ring.wait(i, slot, parity)
             assert place == BASE + slot * SIZE
             readers[slot] += 1
             seen[warp].append(holds[slot])
@@ -103,6 +112,8 @@ def emulate(stages, pages, seed, monkeypatch):
 
     for warp in range(4):
         warps.start(0, lambda warp=warp: run(warp))
+    for lane in range(1, stages):
+        warps.start(0, lambda lane=lane: begin(lane))
     warps.run()
     return seen
 

@@ -34,8 +34,6 @@ def emulate(case, attends="full", window=None):
         with pytest.MonkeyPatch.context() as patch:
             for module in (mosaic_prefill, prefill_rows, prefill_tile):
                 patch.setattr(module, "ptx", machine.namespace())
-            for module in (mosaic_prefill, prefill_rows):
-                patch.setattr(module, "F32", lanes.F32)
             mosaic_prefill._body(p, *memories, out, machine.shared)
     assert out.filled.all()
     return out.array()
@@ -167,6 +165,10 @@ def test_refusals(rng):
         call(q_dtype=jnp.float32)
     with pytest.raises(NotImplementedError, match="a softcap of 30.0, but prefill takes none"):
         call(softcap=30.0)
+    with pytest.raises(
+        NotImplementedError, match="an sm_scale of -0.1, but prefill takes more than"
+    ):
+        call(sm_scale=-0.1)
     with pytest.raises(NotImplementedError, match="^fresh prompts are cuDNN's, but cuDNN is not"):
         options = {"window": None, "sm_scale": None}
         cudnn_prefill.attention(made.q, made.new_k, made.new_v, made.query_lens, options)
@@ -202,9 +204,8 @@ def test_on_a_gpu(gpu, heads, kv_heads, head_dim, bits, attends, rng):
     context = [1, 3, 63, 64, 65, 1023, 0, 700]
     new = [1, 2, 63, 64, 1, 200, 0, 130]
     made = make_case(rng, context, new, heads, kv_heads, head_dim, bits, "bfloat16", attends)
-    expected = made.call(run, q_dtype=jnp.float32, attends=attends, backend="reference")
     for window in (None, 100):
-        if window:
+        with jax.default_device(jax.devices("cpu")[0]):  # where it compiles in no time
             options = {"attends": attends, "window": window}
             expected = made.call(run, q_dtype=jnp.float32, backend="reference", **options)
         found = made.call(run, attends=attends, window=window, backend="mosaic_sm90")
@@ -233,7 +234,8 @@ def test_fresh_prompts_on_a_gpu(gpu, window, rng):
     expected = made.call(run, q_dtype=jnp.float32, backend="reference", **options)
     plain = plain_error(made, expected, window)
     assert worst_error(found, expected, made.query_lens) < max(2.5e-3, 2 * plain)
-    assert not np.asarray(found)[2].any()
+    padding = np.arange(1024) >= made.query_lens[:, None]
+    assert not np.asarray(found)[padding].any()
 
 
 def plain_error(made, expected, window):

@@ -275,7 +275,7 @@ def emulate(p, seed, monkeypatch, cluster=0):
         warps.mine.product.offset = (address - BASE) % memory.x_bytes // 128
         return Word(0)
 
-    def wgmma_s8(acc, a, descriptor, unsigned):
+    def wgmma_s8(acc, a, descriptor):
         warps.mine.product.tokens = 2 * len(acc)
         return acc
 

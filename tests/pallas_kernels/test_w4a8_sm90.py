@@ -1,5 +1,6 @@
 """The Hopper matmul on any host: it lowers for CUDA, and its configs fit."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -26,6 +27,7 @@ from qserve_jax.pallas_kernels.w4a8_matmul.problem import INT32_SUMS
 from qserve_jax.pallas_kernels.w4a8_matmul.sm90_config import Sm90Config
 from qserve_jax.quantization.qtensor import is_quantized
 from tests.pallas_kernels.w4a8_cases import (
+    CUT,
     SHAPES,
     SMALL_SHAPES,
     every_kind,
@@ -130,7 +132,7 @@ GOOD = Sm90Config(tokens=64, row_warpgroups=2, k_warpgroups=2, stages=2, cluster
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"tokens": 0}, "all fields but lead and biased must be at least 1"),
+        ({"tokens": 0}, "all fields but lead must be at least 1"),
         ({"tokens": 72}, "tokens must be one of"),
         ({"row_warpgroups": 4}, r"row_warpgroups \* k_warpgroups must be at most 6"),
         ({"row_warpgroups": 5, "k_warpgroups": 1}, "row_warpgroups must be at most 4"),
@@ -138,8 +140,7 @@ GOOD = Sm90Config(tokens=64, row_warpgroups=2, k_warpgroups=2, stages=2, cluster
         ({"last": 2, "tokens": 96}, "last needs tokens of 64, 128 or 256"),
         ({"last": 3, "row_warpgroups": 1}, "last = 3 needs 2 row_warpgroups and no cluster"),
         ({"last": 3, "cluster": 2}, "last = 3 needs 2 row_warpgroups and no cluster"),
-        ({"lead": -1}, "all fields but lead and biased must be at least 1"),
-        ({"biased": 2}, "biased must be 0, or 1 in groups"),
+        ({"lead": -1}, "all fields but lead must be at least 1"),
         ({"lead": 1}, "lead needs several row_warpgroups and one k_warpgroup"),
         ({"lead": 4, "k_warpgroups": 1, "stages": 4}, "lead must be below the 4 chunks in flight"),
         ({"tokens": 24}, "tokens must be a multiple of 8 k_warpgroups"),
@@ -161,9 +162,25 @@ def test_config_errors(change, message):
         sm90_config.check_config(dataclasses.replace(GOOD, **change), 64, 1024, True)
 
 
-# Configs that the heuristic does not choose: not run on a GPU yet
+def test_shared_memory_is_counted_as_mosaic_counts_it(monkeypatch):
+    """A config that takes all of it lowers; one that takes less than a kilobyte more does not."""
+    full, over = Sm90Config(96, 2, 1, 11, 1), Sm90Config(64, 3, 1, 11, 1)
+    x, w = shape_only(True, 256, 6144, 4096)
 
-PREPARED = [  # m, n, k, config
+    def run(x, w, config):
+        return mosaic_sm90.matmul(x, w, layer=0, config=config)
+
+    lower(functools.partial(run, config=full), x, w)
+    with pytest.raises(ValueError, match="takes 233472 bytes of shared memory of 232448"):
+        sm90_config.check_config(over, 256, 6144, True)
+    monkeypatch.setattr(mosaic_sm90, "check_config", lambda *_: None)
+    with pytest.raises(ValueError, match="smem_bytes=233472 > max_smem_bytes=232448"):
+        lower(functools.partial(run, config=over), x, w)
+
+
+# Finer last rounds, leads
+
+FINER = [  # m, n, k, config
     (256, 28672, 4096, Sm90Config(256, 2, 1, 5, 1, last=3, lead=3)),
     (512, 28672, 4096, Sm90Config(256, 2, 1, 5, 1, last=2)),
     (4096, 28672, 4096, Sm90Config(256, 2, 1, 5, 2, last=1, lead=2)),
@@ -173,8 +190,8 @@ PREPARED = [  # m, n, k, config
 
 
 @every_kind
-@pytest.mark.parametrize("m, n, k, config", PREPARED)
-def test_prepared_configs_lower(per_group, m, n, k, config):
+@pytest.mark.parametrize("m, n, k, config", FINER)
+def test_finer_last_rounds_and_leads_lower(per_group, m, n, k, config):
     def run(x, w):
         return mosaic_sm90.matmul(x, w, layer=0, config=config)
 
@@ -184,24 +201,48 @@ def test_prepared_configs_lower(per_group, m, n, k, config):
 
 
 @pytest.mark.parametrize("n, k", [*SHAPES, *SMALL_SHAPES])
-def test_the_heuristic_leaves_them_alone(n, k):
-    for m in TOKENS:
-        chosen = sm90_config.choose_config(m, n, k, True)
-        assert (chosen.last, chosen.lead, chosen.biased) == (4, 0, 0) and chosen.warpgroups <= 4
+def test_the_last_round_takes_the_fewest_quarters(n, k):
+    """By the rounds of all cuts that can run; where nothing is saved, tiles are whole."""
+    for m, per_group in itertools.product((*TOKENS, 33, 100, 200, 257, 3000), (True, False)):
+        chosen = sm90_config.choose_config(m, n, k, per_group)
+        quarters = {}
+        for last in (4, 3, 2, 1):
+            config = dataclasses.replace(chosen, last=last)
+            with contextlib.suppress(ValueError):
+                sm90_config.check_config(config, m, n, per_group)
+                found = sm90_tiles.cut(config, m, n)
+                quarters[last] = 4 * found.rounds + (found.last if found.parts else 0)
+        assert quarters[chosen.last] == min(quarters.values())
+        assert chosen.last == 4 or quarters[chosen.last] < quarters[4]
+        assert chosen.lead == 0 and chosen.warpgroups <= 4
 
 
-def test_biased_weights_are_uint8_and_need_groups():
-    def run(x, w, config):
-        return mosaic_sm90.matmul(x, w, layer=0, config=config)
+def test_every_kind_of_cut_runs_on_a_gpu():
+    """CUT, of the GPU tests, has all that the heuristic chooses, but for numbers of rounds."""
 
-    plain = Sm90Config(256, 2, 1, 5, 1)
-    biased = dataclasses.replace(plain, biased=1)
-    x, w = shape_only(True, 256, 28672, 4096)
-    for config, kind, other in ((plain, "s8.s8", "u8.s8"), (biased, "u8.s8", "s8.s8")):
-        text = mosaic_module(lower(functools.partial(run, config=config), x, w))[1]
-        assert f"n256k32.s32.{kind}" in text and f"n256k32.s32.{other}" not in text
-    with pytest.raises(ValueError, match="cannot run: biased must be 0, or 1 in groups"):
-        jax.eval_shape(functools.partial(run, config=biased), *shape_only(False, 256, 28672, 4096))
+    def kind(m, n, per_group):
+        chosen = sm90_config.choose_config(m, n, 640, per_group)
+        found = sm90_tiles.cut(chosen, m, n)
+        return dataclasses.replace(chosen, stages=0), per_group, found.rounds > 0
+
+    sizes = itertools.product(dict(SHAPES), (m for m in TOKENS if m > 32), (True, False))
+    chosen = {kind(m, n, per_group) for n, m, per_group in sizes}
+    tested = {kind(m, n, per_group) for m, n, _ in CUT for per_group in (True, False)}
+    assert {found for found in chosen if found[0].last < 4} == tested
+    assert all(kind(m, n, True)[0].last == last for m, n, last in CUT)
+
+
+@pytest.mark.parametrize(
+    "m, n, k, last",
+    [
+        *[(256, 28672, 4096, 3), (512, 28672, 4096, 2), (1024, 28672, 4096, 4)],
+        *[(4096, 28672, 4096, 1), (256, 6144, 4096, 3), (512, 6144, 4096, 3)],
+        *[(1024, 6144, 4096, 2), (128, 6144, 4096, 4), (256, 4096, 14336, 4)],
+        (4096, 4096, 4096, 4),
+    ],
+)
+def test_the_heuristic_chooses_what_was_faster_on_an_h200(m, n, k, last):
+    assert [sm90_config.choose_config(m, n, k, g).last for g in (True, False)] == [last] * 2
 
 
 @pytest.mark.parametrize(

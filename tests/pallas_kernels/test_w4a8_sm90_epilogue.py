@@ -72,24 +72,3 @@ def test_a_tile_of_few_tokens_is_stored_whole(monkeypatch):
     part = sm90_thread.Part(token=24, group=0, offset=0, quarters=4)
     found = stored(Sm90Config(24, 1, 1, 4, 1), 48, part, 0, 0, monkeypatch)
     assert [token for token, _ in found] == [24, 32, 40]
-
-
-def test_the_bias_of_the_weights_is_taken_off(monkeypatch):
-    """128 times the token's sum of codes; register i has token i % 2 of a lane's two."""
-    stored = []
-    config = Sm90Config(64, 1, 1, 4, 1, biased=1)
-    flags: Any = {"per_group": True, "bias": False, "residual": None, "out_dtype": "int32"}
-    p = sm90_thread.WgmmaProblem(64, 64, 128, None, **flags, config=config)
-
-    def load_shared(address, offset, count):
-        assert (address, offset, count) == (4096, 32 * 3 + 4 * 64, 2)
-        return [Word(5), Word(-7)]
-
-    monkeypatch.setattr(sm90_epilogue, "ptx", types.SimpleNamespace(load_shared=load_shared))
-    monkeypatch.setattr(sm90_epilogue, "_store_words", lambda *args: stored.append(args[-2:]))
-    epilogue = sm90_epilogue.Epilogue.__new__(sm90_epilogue.Epilogue)
-    epilogue.token, epilogue.rows = Word(64), []
-    sums: Any = [Word(v) for v in (1000, 2000, 3000, 4000)]
-    me: Any = types.SimpleNamespace(c=Word(1), g=Word(0))
-    epilogue._store(p, None, me, Word(4096), 0, 3, sums)  # pyright: ignore[reportArgumentType]
-    assert stored == [(64 + 8 * 3 + 2, [1000 - 640, 2000 + 896, 3000 - 640, 4000 + 896])]

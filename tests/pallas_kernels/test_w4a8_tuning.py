@@ -47,6 +47,13 @@ def test_exact_match_only(write):
     assert tuning.tuned_config("other", 16, 4096, 4096, True) is None
 
 
+def test_other_tiles_are_another_product(write):
+    """Tiles of 16: 49 to 64 tokens are four, as the 64 that were measured; 48 are three."""
+    write({"entries": [ENTRY | {"m": 64}]})
+    found = [tuning.tuned_config("mma", m, 4096, 4096, True) for m in (64, 49, 48, 33)]
+    assert found == [CHOSEN, CHOSEN, None, None]
+
+
 def test_no_file_is_no_config(write):
     assert tuning.load_tuned("NVIDIA Y") == {}
 
@@ -104,6 +111,13 @@ def test_the_files_here_hold_good_entries(path):
     for entry in content["entries"]:
         tuning.entry_of(entry)
         assert entry["us"] < entry["heuristic_us"]
+        m, n, k, per_group = (entry[name] for name in ("m", "n", "k", "per_group"))
+        chosen = tuning.DESIGNS[entry["design"]].choose(m, n, k, per_group)
+        assert entry["config"] != dataclasses.asdict(chosen)
+    tuning.load_tuned.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(tuning.load_tuned(content["device"])) == len(content["entries"])
 
 
 def test_every_design_is_generic(write):

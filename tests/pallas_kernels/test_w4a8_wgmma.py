@@ -1,12 +1,9 @@
 """What a warpgroup multiplies, lane by lane: the kernel's formulas against the PTX ISA's maps."""
 
-from typing import Any
-
 import numpy as np
 
 from qserve_jax.pallas_kernels.intrinsics import tensor_cores
 from qserve_jax.pallas_kernels.w4a8_matmul import layout, reference, to_kernel_layout
-from qserve_jax.pallas_kernels.w4a8_matmul.problem import MOST_FEATURES
 from tests.pallas_kernels.w4a8_cases import every_kind, make_activation, make_weight
 
 TOKENS = 24
@@ -35,14 +32,12 @@ def read_b(memory, low, tokens):
     return memory[swizzle(start + token // 8 * stride + token % 8 * 128 + k)]
 
 
-def wgmma_m64k32(acc, a, b, kind):
-    """acc i64[tokens / 2, 4 warps, 32 lanes] += a u32[4, 4, 32] @ b: 16 rows of A for each warp.
-
-    kind: int8 or uint8, of A."""
+def wgmma_m64k32(acc, a, b):
+    """acc i64[tokens / 2, 4 warps, 32 lanes] += a u32[4, 4, 32] @ b: 16 rows of A for each warp."""
     matrix = np.zeros((64, 32), np.int64)
     for warp in range(4):
         for r in range(4):
-            octets = np.ascontiguousarray(a[r, warp]).view(kind).reshape(32, 4)
+            octets = np.ascontiguousarray(a[r, warp]).view(np.int8).reshape(32, 4)
             for i in range(4):
                 matrix[16 * warp + G + 8 * (r % 2), 4 * C + i + 16 * (r // 2)] = octets[:, i]
     d = matrix @ b.T.astype(np.int64)
@@ -59,26 +54,23 @@ def movmatrix(words):
     return np.ascontiguousarray(halves.T).reshape(-1).view(np.uint32)
 
 
-def multiply(w, x, base, biased=False):
+def multiply(w, x, base):
     """The kernel's steps on 64 channels and all of K -> acc[tokens / 2, warp, lane]."""
     words = np.asarray(to_kernel_layout(w).codes).view(np.uint32)[1]  # channels 64..127
-    expand = layout.expand_biased if biased else layout.expand
     acc = np.zeros((TOKENS // 2, 4, 32), np.int64)
     for chunk in range(words.shape[0]):
         memory = np.zeros(base + 128 * TOKENS, np.int8)
         copy_tile(memory, base, x[:, 128 * chunk : 128 * chunk + 128])
         descriptor = tensor_cores.wgmma_descriptor(base)  # pyright: ignore[reportArgumentType]
         tiles = words[chunk]
-        scales: Any = None
+        scales = None
         if tiles.shape[-1] > layout.CODE_WORDS:
             scales = layout.split_scales(tiles[:, layout.CODE_WORDS + G])
         codes = [tiles[:, 128 * h + 4 * LANES + v] for h in range(2) for v in range(4)]
         for s in range(4):
-            words_of_two = codes[2 * s : 2 * s + 2]
-            pair = [expand(word, scales) for word in words_of_two]
+            pair = [layout.expand(word, scales) for word in codes[2 * s : 2 * s + 2]]
             a = np.stack([*pair[0], *pair[1]]).astype(np.uint32)
-            b = read_b(memory, descriptor + 2 * s, TOKENS)  # pyright: ignore
-            wgmma_m64k32(acc, a, b, np.uint8 if biased else np.int8)
+            wgmma_m64k32(acc, a, read_b(memory, descriptor + 2 * s, TOKENS))  # pyright: ignore
     return acc
 
 
@@ -88,30 +80,13 @@ def test_a_warpgroup_multiplies(per_group, rng):
     w = make_weight(per_group, rng, (128, 384))
     x = np.asarray(make_activation(rng, TOKENS, 384).codes)
     expected = x.astype(np.int64) @ np.asarray(reference.int8_weights(w), np.int64)[64:].T
-    np.testing.assert_array_equal(sums_of(multiply(w, x, base=5 * 1024)), expected)
-
-
-def test_a_warpgroup_multiplies_biased_weights(rng):
-    """128 too large, for which 128 times the sum of a token's codes is taken off."""
-    w = make_weight(True, rng, (128, 384))
-    x = make_activation(rng, TOKENS, 384)
-    codes = np.asarray(x.codes)
-    expected = codes.astype(np.int64) @ np.asarray(reference.int8_weights(w), np.int64)[64:].T
-    found = sums_of(multiply(w, codes, base=1024, biased=True))
-    assert not np.array_equal(found, expected)
-    found -= layout.BIAS * np.asarray(x.code_sum)[:, None]
-    np.testing.assert_array_equal(found, expected)
-    assert 255 * 127 * MOST_FEATURES < 2**31
-
-
-def sums_of(acc):
-    """[token, channel] of the accumulators."""
+    acc = multiply(w, x, base=5 * 1024)
     y = np.zeros((TOKENS, 64), np.int64)
     for register, warp in np.ndindex(TOKENS // 2, 4):
         j, i = divmod(register, 4)
         channel = 16 * warp + layout.channel_of_row(G + 8 * (i // 2))
         y[8 * j + 2 * C + i % 2, channel] = acc[register, warp]
-    return y
+    np.testing.assert_array_equal(y, expected)
 
 
 def test_a_transposed_pair_is_four_channels_beside_each_other(rng):

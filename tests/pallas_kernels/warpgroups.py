@@ -34,6 +34,7 @@ class Warpgroup:
         self.index, self.mask, self.clock = index, mask, clock
         self.go, self.done, self.ready = threading.Semaphore(0), False, lambda: True
         self.products, self.committed = [], 0
+        self.thread: Any = None
 
 
 class Barrier:

@@ -84,6 +84,8 @@ def test_steps_are_what_is_needed_and_few_while_others_wait():
     assert schedule(scheduler, 64, 4).steps == 8  # the first token is prefill's
     _, scheduler = make(64, [sequence(0, 8, limit=9), sequence(1, 40, limit=9)], budget=16)
     assert schedule(scheduler, 64, 4).steps == 1  # a prompt waits for its next chunk
+    plan = scheduler.schedule(64, 4, drained=True, between=0)
+    assert plan is not None and plan.chunks and plan.decoding and plan.steps == 0
 
 
 def test_long_prompts_come_in_chunks_and_short_ones_together():

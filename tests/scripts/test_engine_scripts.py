@@ -74,3 +74,35 @@ def test_first_differences(script):
 
     a, b = output([1, 2, 3], 0.25), output([1, 9, 9], 0.5)
     assert check.first_differences([a, a], [b, a]) == [0.25]
+
+
+def test_where_a_step_goes(script):
+    """Two steps of two layers: what runs once in a loop over the layers is not of a layer."""
+    profile_step = script("profile_step")
+    layer = [("w4a8_matmul_g128", 10.0), ("rms_norm_quantize", 1.0)]
+    kernels = [*layer, *layer, ("loop_add_fusion", 0.5), ("gemm_fusion", 7.5)] * 2
+    found = profile_step.summary(kernels, 100e-6, 2, 2)
+    assert found["step_ms"] == 0.05 and found["kernel_ms"] == pytest.approx(0.030)
+    assert found["gaps"] == pytest.approx(0.4)
+    expected = {"matmul": 0.020, "small": 0.002, "head and rest": 0.008}
+    assert found["groups_ms"] == pytest.approx(expected)
+    assert (found["launches_per_layer"], found["launches_per_step"]) == (2, 6)
+    assert found["kernels"][0] == {"name": "w4a8_matmul_g128", "per_step": 2, "us": 10}
+
+
+def test_a_decoding_can_be_launched_again(script):
+    """As the profile does: what a call takes, it gives back."""
+    profile_step = script("profile_step")
+    loaded = dummy_model(TINY, QuantConfig())
+    work = profile_step.Workload(2, 40, 3, {"page_size": 16})
+    d = profile_step.make_decoding(loaded, work)
+    assert profile_step.once(d.run, d) > 0
+    _, (state, out) = profile_step.launch(d.run, d)
+    assert out.tokens.shape == (2, 3) and (out.tokens >= 0).all()
+    assert state.context_lens.tolist() == [43, 43]
+
+
+def test_load_time(script):
+    load_time = script("load_time")
+    found = load_time.load(str(SCRIPTS.parent / "qserve_jax" / "assets" / "demo"))
+    assert found["load_seconds"] > 0 and found["bytes"] > 1e6

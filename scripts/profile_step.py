@@ -1,0 +1,121 @@
+"""Where the time of a decode step goes: kernels by CUPTI, beside the wall time of the same call.
+
+    python scripts/profile_step.py --model-shape llama3-8b --batch 1 64 256 --output FILE.json
+
+Random weights. Per step and batch: milliseconds of matmuls, attention, small kernels of the layers,
+head and sampling; what of the wall time no kernel ran (gaps); launches; every kernel's count and
+microseconds. The wall time is the fastest of three calls that are not recorded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from qserve_jax.benchmarks.clock import check_available, record
+from qserve_jax.benchmarks.dummy import dummy_model
+from qserve_jax.benchmarks.model_shapes import MODEL_CONFIGS
+from qserve_jax.benchmarks.provenance import provenance
+from qserve_jax.benchmarks.serving import Decoding, Workload, make_decoding
+from qserve_jax.checkpoint import LoadedModel
+from qserve_jax.quantization import QuantConfig
+
+GROUPS = {
+    "w4a8_matmul": "matmul",
+    "paged_attention": "attention",
+    "rms_norm_quantize": "small",
+    "silu_mul_quantize": "small",
+    "quantize_activation": "small",
+    "rope_append": "small",
+}
+"""Of our own kernels' names; what else runs is XLA's: head, sampling and the loops."""
+
+
+def group_of(name: str) -> str:
+    return next((group for part, group in GROUPS.items() if part in name), "head and rest")
+
+
+def summary(
+    kernels: list[tuple[str, float]], seconds: float, steps: int, layers: int
+) -> dict[str, Any]:
+    """Of the kernels (name, microseconds) of a call of so many steps, which took so long."""
+    count: dict[str, int] = defaultdict(int)
+    total: dict[str, float] = defaultdict(float)
+    for name, us in kernels:
+        count[name] += 1
+        total[name] += us
+    groups: dict[str, float] = defaultdict(float)
+    for name, us in total.items():
+        groups[group_of(name)] += us / steps / 1e3
+    kernel_ms = sum(groups.values())
+    step_ms = 1e3 * seconds / steps
+    return {
+        "step_ms": step_ms,
+        "kernel_ms": kernel_ms,
+        "gaps": 1 - kernel_ms / step_ms,
+        "groups_ms": dict(groups),
+        "launches_per_layer": sum(n // (steps * layers) for n in count.values()),
+        "launches_per_step": len(kernels) / steps,
+        "kernels": [
+            {"name": name, "per_step": count[name] / steps, "us": total[name] / count[name]}
+            for name in sorted(total, key=lambda name: -total[name])
+        ],
+    }
+
+
+def profile(loaded: LoadedModel, work: Workload) -> dict[str, Any]:
+    d = make_decoding(loaded, work)
+    start = time.perf_counter()
+    run = d.run.lower(d.params, d.cache, d.state, d.steps).compile()  # pyright: ignore
+    compile_seconds = time.perf_counter() - start
+    once(run, d)
+    seconds = min(once(run, d) for _ in range(3))
+    kernels = record(lambda: launch(run, d))
+    found = summary(kernels, seconds, d.steps, loaded.config.num_layers)
+    return {"batch": work.batch, "context": work.input, "compile_s": compile_seconds, **found}
+
+
+def launch(run: Any, d: Decoding) -> Any:
+    """A call; the cache that comes back takes the place of the one that it took."""
+    d.cache, *rest = run(d.params, d.cache, d.state, d.steps)
+    return d.cache, rest
+
+
+def once(run: Any, d: Decoding) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(launch(run, d))
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model-shape", choices=MODEL_CONFIGS, default="llama3-8b")
+    parser.add_argument("--precision", default="w4a8kv4")
+    parser.add_argument("--attends", choices=("full", "quantized"), default="quantized")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 64, 256])
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--output", type=Path, required=True, help="JSON")
+    args = parser.parse_args()
+    check_available()
+    loaded = dummy_model(MODEL_CONFIGS[args.model_shape], QuantConfig.preset(args.precision))
+    content = {**provenance(), **{k: str(v) for k, v in vars(args).items()}, "rows": []}
+    del content["output"]
+    for batch in args.batch:
+        work = Workload(batch, args.context, args.steps, {"attends": args.attends})
+        row = profile(loaded, work)
+        content["rows"].append(row)
+        args.output.write_text(json.dumps(content, indent=1) + "\n")
+        print(json.dumps({k: v for k, v in row.items() if k != "kernels"}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -64,10 +64,12 @@ def attention(
     query_lens: Array,
     attends: str,
     order: Array | None = None,
+    wgmma: bool | None = None,
     **options: Any,
 ) -> Array:
     """See `api.paged_attention`; q is [B, T, N, H]. Prompts that have no pages before them, and
-    attend to themselves unquantised, are cuDNN's where there is one."""
+    attend to themselves unquantised, are cuDNN's where there is one. wgmma: sm90_prefill's kernel
+    for mosaic_sm90; default WGMMA."""
     if cudnn_prefill.takes(q, block_table, new_k, attends, options["softcap"]):
         with contextlib.suppress(NotImplementedError):
             return cudnn_prefill.attention(q, new_k, new_v, query_lens, options)
@@ -79,7 +81,7 @@ def attention(
         operands.append(jnp.asarray(options["layer"], jnp.int32).reshape(1))
     if p.width == 0:  # an operand without elements is none
         operands[2] = jnp.full((p.rows, 1), -1, jnp.int32)
-    if backend == "mosaic_sm90" and WGMMA:
+    if backend == "mosaic_sm90" and (WGMMA if wgmma is None else wgmma):
         return sm90_prefill.launch(p, operands)
     return _launch(p, operands, arch=(8, 0) if backend == "mosaic_mma" else None)
 

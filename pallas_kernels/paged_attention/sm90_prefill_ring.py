@@ -148,8 +148,12 @@ def _store(
     each = len(words) // len(items)
     for i, (part, token, chunk) in enumerate(items):
         k, v = halves(source, words[each * i : each * i + each], token < count)
-        piece = chunk * (len(k) // 4) ^ token & 7
-        at = ring.keys(n) + token * 128 + piece * 16
+        at = ring.keys(n) + token * 128 + _piece(token, chunk, len(k) // 4) * 16
         for offset, side in ((0, k), (_tile_bytes(p) // 2, v)):
             for j in range(0, len(side), 4):
                 ptx.store_shared_words(at ^ 4 * j, side[j : j + 4], offset + part * Ring.PART)
+
+
+def _piece(token: Any, chunk: Any, pieces: int) -> Any:
+    """Where in its row the first of a chunk's pieces of 16 bytes lies; the j-th is at that ^ j."""
+    return chunk * pieces ^ token & 7

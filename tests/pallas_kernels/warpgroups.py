@@ -225,7 +225,8 @@ class Machine(lanes.Machine):
         group, begins = self.now, isinstance(acc, int)
         assert (self.mask == group.mask).all(), "not by the whole warpgroup"
         used = [*a, *([] if begins else acc)]
-        assert all(isinstance(r, Pending) or getattr(r, "fenced", False) for r in used)
+        fenced = [isinstance(r, Pending) or getattr(r, "fenced", False) for r in used]
+        assert all(fenced), "wgmma reads registers that were not fenced"
         out = [Pending(None) for _ in range(acc // 2 if begins else len(acc))]
         (low,) = np.unique(descriptor.values[self.mask])
         where = addresses(int(low), 2 * len(out), transposed)
@@ -241,6 +242,7 @@ class Machine(lanes.Machine):
 
     def _check_b(self, where):
         words = np.unique(where // 4)
+        assert words[-1] < len(self.shared.words), "out of bounds"
         self._reads(words)
         assert self.fenced[words].all(), "wgmma reads what no fence has shown it"
 

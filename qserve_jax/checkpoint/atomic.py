@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from qserve_jax.checkpoint.errors import CheckpointError, listing, shorten
+from qserve_jax.checkpoint.errors import CheckpointError, first_line, listing, shorten
 from qserve_jax.checkpoint.hf import INDEX, SINGLE
 
 PARTIAL = ".partial"
@@ -183,11 +184,21 @@ def _shard_path(folder: Path, index: int) -> Path:
 
 
 def _write_shard(folder: Path, index: int, shard: dict[str, np.ndarray]) -> list[str]:
-    file = _shard_path(folder, index)
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in shard.items()}
-    save_file(contiguous, file, metadata={"format": "pt"})
-    file.chmod(0o644)  # safetensors leaves it to its owner alone
+    save_tensors(_shard_path(folder, index), shard)
     return list(shard)
+
+
+def save_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """One file of safetensors. Raises CheckpointError where it cannot be written."""
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{file} cannot be written ({first_line(error)}): make room there, or choose another "
+            "output"
+        ) from None
+    file.chmod(0o644)  # safetensors leaves it to its owner alone
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

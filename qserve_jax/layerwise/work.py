@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from qserve_jax.checkpoint.atomic import (
     REPORT,
@@ -25,6 +24,7 @@ from qserve_jax.checkpoint.atomic import (
     copy_companions,
     empty_folder,
     open_partial,
+    save_tensors,
 )
 from qserve_jax.checkpoint.errors import CheckpointError, listing
 from qserve_jax.checkpoint.hf import INDEX, read_json, tensor_specs
@@ -119,9 +119,7 @@ def _finished(work: Work) -> list[dict[str, Any]]:
 
 def _write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     temporary = file.with_name(f"{file.name}.tmp")
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    save_file(contiguous, temporary, metadata={"format": "pt"})
-    temporary.chmod(0o644)  # safetensors leaves it to its owner alone
+    save_tensors(temporary, tensors)
     _put_in_place(temporary, file)
 
 

@@ -3,12 +3,20 @@
 import errno
 import fcntl
 import os
+import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qserve_jax.checkpoint import CheckpointError
-from qserve_jax.checkpoint.atomic import REPORT, atomic_folder, check_free, open_partial
+from qserve_jax.checkpoint.atomic import (
+    REPORT,
+    atomic_folder,
+    check_free,
+    open_partial,
+    save_tensors,
+)
 
 LEFT_BY_A_KILL = (
     *("shard-0.safetensors", "model-00001-of-00003.safetensors", "model.safetensors.index.json"),
@@ -96,6 +104,17 @@ def test_names_too_long_are_one_line(tmp_path):
     reason = os.strerror(errno.ENAMETOOLONG)
     with pytest.raises(CheckpointError, match=f"cannot be made .{reason}.: choose another output"):
         check_free(tmp_path / ("n" * 300))
+
+
+def test_a_full_disk_is_one_line_with_a_cure(tmp_path):
+    """As safetensors tells of it; a limit on the size of files stands for the disk's."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match="x.safetensors cannot be written .*: make room"):
+            save_tensors(tmp_path / "x.safetensors", {"x": np.zeros(2**16)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_relative_output_stays_where_it_was_asked_for(tmp_path, monkeypatch):

@@ -52,6 +52,7 @@ def test_copies_of_names():
         (["--text", "/x", "--compare", "float,awq"], "--compare 'awq' is unknown: use float, rtn"),
         (["--text", "/x", "--reference", "DIR"], "--reference is for --compare: name what"),
         (["--text", "/x", "--save", "/no/x.json"], "--save /no/x.json: there is no folder /no, "),
+        (["--text", "/x", "--save", "/"], "--save / is a folder: name a file in it"),
         (["--text", "/x", "--precision", "w2a2kv2"], "invalid choice: 'w2a2kv2'"),
     ],
 )
@@ -60,6 +61,22 @@ def test_wrong_flags(capsys, flags, line):
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert err.startswith("qserve_jax.evaluate: error: ") and line in err
+
+
+def test_save_is_tried_before_the_work(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.os, "access", lambda path, mode: path != tmp_path)  # root may all
+    assert evaluate.main(["--text", "/x", "--save", str(tmp_path / "x.json")]) == 2
+    assert "x.json is not writable: name another file" in capsys.readouterr().err
+
+
+def test_rows_are_printed_where_they_cannot_be_saved(capsys, story, tmp_path, monkeypatch):
+    def full(self, text):
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(evaluate.Path, "write_text", full)
+    assert evaluate.main(["--text", story, "--seq-len", "64", "--save", str(tmp_path / "x")]) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith("Perplexity ") and "No space left on device" in err
 
 
 def test_tasks_by_name_need_lm_eval(capsys, monkeypatch):

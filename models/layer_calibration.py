@@ -58,7 +58,8 @@ class LayerCalibrator:
 
     def output_error(self, params: Params, quantized: Params, quant: QuantConfig) -> Array:
         """f32: squared error of the quantised layer's output, with its activations and cache, over
-        the square of what the layer adds to the residual stream. Of the first batch."""
+        the square of what the layer adds to the residual stream, 0 where that is nothing. Of the
+        first batch."""
         return _output_error(self.config, params, quantized, self.hidden[0], quant)
 
     def advance(self, params: Params) -> None:
@@ -93,4 +94,5 @@ def _output_error(
     model = CausalLM(config, act_bits=quant.act_bits, backend="reference")
     exact, _ = through_layers(model, params["layers"], x)
     got, _ = through_layers(model, quantized["layers"], x, kv_bits=quant.kv_bits)
-    return jnp.sum(jnp.square(got - exact)) / jnp.sum(jnp.square(exact - x))
+    error, size = (jnp.sum(jnp.square(change)) for change in (got - exact, exact - x))
+    return jnp.where(size == 0, 0, error / size)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.resources
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -52,12 +53,12 @@ def evaluate(argv: Sequence[str]) -> None:
                 raise
             message = str(error).splitlines()[0]
             raise ValueError(f"{message}: lower --batch-size or --seq-len") from None
+    print_rows(args, rows, settings)  # first: a disk may be full
     if args.save is not None:
         from qserve_jax.benchmarks.provenance import provenance
 
         content = {"settings": settings, **provenance(), "rows": rows}
         args.save.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    print_rows(args, rows, settings)
 
 
 def build_parser() -> _cli.Parser:
@@ -140,6 +141,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"--save {args.save} is a folder: name a file in it")
     if args.save is not None and not args.save.parent.is_dir():
         raise UsageError(f"--save {args.save}: there is no folder {args.save.parent}, make it")
+    target = args.save if args.save is None or args.save.exists() else args.save.parent
+    if target is not None and not os.access(target, os.W_OK):
+        raise UsageError(f"--save {args.save} is not writable: name another file")
     split_tasks(args)
 
 

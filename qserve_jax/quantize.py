@@ -89,7 +89,7 @@ def build_parser() -> _cli.Parser:
         help="directory to make; must not exist, or be empty")
     add("--restart", action="store_true", help="forget what a stopped run has left of --output")
     add = parser.add_argument_group("quantisation").add_argument
-    add("--recipe", metavar="NAME", choices=(*BY_GROUP, *NAMED), default="qoq",
+    add("--recipe", metavar="NAME", choices=("qoq", *NAMED), default="qoq",
         help="qoq, rtn (round to nearest, not calibrated), qoq-g128-centered (keys' mean taken off "
         "them: not in QServe's format) or an ablation, as qoq-g128-no-rotation "
         "(default: %(default)s)")

@@ -38,6 +38,7 @@ from qserve_jax.pallas_kernels import (
     silu_mul_quantize,
 )
 from qserve_jax.pallas_kernels.paged_attention import mosaic_mma as attention_mma
+from qserve_jax.pallas_kernels.paged_attention import mosaic_prefill
 from qserve_jax.pallas_kernels.paged_attention import mosaic_sm90 as attention_sm90
 from qserve_jax.pallas_kernels.paged_attention.decode_config import DecodeConfig
 from qserve_jax.pallas_kernels.w4a8_matmul import mosaic_mma, mosaic_sm90, reference
@@ -48,6 +49,8 @@ from qserve_jax.quantization.numerics import quantize_activation as quantize
 from qserve_jax.quantization.qtensor import KVCache, Source, W4PerChannel, W4PerGroup
 
 TOOLS = ("memcheck", "racecheck")
+ONLY_OURS = ("--kernel-name", "kernel_substring=mosaic_gpu_kernel")
+"""What is checked: XLA's own kernels, which would take most of the time, are not."""
 SOURCE = Source(("stack", "in", "out"), (0,), (0,), "float32")
 CONFIGS: dict[str, tuple[Callable, int, int, Any]] = {
     "mma, 3 tokens": (mosaic_mma.matmul, 3, 192, MmaConfig(1, 2, 4, 8, 4)),
@@ -175,6 +178,12 @@ def prefill_cases(rng: np.random.Generator) -> dict[str, tuple[Callable, tuple, 
             out = paged_attention(q, cache, table, lengths[0], **more)
             return jnp.where(real[:, :, None, None], out, 0)
 
+        def attend_wgmma(q: Any, cache: Any, k: Any, v: Any) -> Any:
+            more = {"new_k": k, "new_v": v, "query_lens": lengths[1], "attends": "full"}
+            more |= dict.fromkeys(("layer", "sm_scale", "window", "softcap")) | {"wgmma": True}
+            out = mosaic_prefill.attention("mosaic_sm90", q, cache, table, lengths[0], **more)
+            return jnp.where(real[:, :, None, None], out, 0)
+
         def append(cache: Any, q: Any, k: Any, v: Any, backend: str = "mosaic_mma") -> Any:
             qkv = [x.reshape(210, -1, h) for x in (q, k, v)]
             *_, cache = rope_append_kv(qkv, *turn, cache, slots, backend=backend)
@@ -185,6 +194,8 @@ def prefill_cases(rng: np.random.Generator) -> dict[str, tuple[Callable, tuple, 
             ("append", append, (cache, q, k, v)),
         ):
             cases[f"{name}, {bits} bits"] = (run, args, run(*args, backend="reference"))
+        expected = cases[f"prefill, {bits} bits"][2]
+        cases[f"prefill, wgmma, {bits} bits"] = (attend_wgmma, (q, cache, k, v), expected)
     return cases
 
 
@@ -269,7 +280,7 @@ def main() -> int:
         return 2
     with tempfile.TemporaryDirectory() as folder:
         logs = {tool: Path(folder) / f"{tool}.txt" for tool in TOOLS}
-        options = ["--error-exitcode", "3", "--print-limit", "5"]
+        options = ["--error-exitcode", "3", "--print-limit", "5", *ONLY_OURS]
         target = [sys.executable, str(Path(__file__).resolve()), "--launch", "--cases", args.cases]
         running = {
             tool: start([found, "--tool", tool, *options, *target], log)

@@ -63,6 +63,22 @@ def test_wrong_flags(capsys, flags, line):
     assert err.startswith("qserve_jax.evaluate: error: ") and line in err
 
 
+def test_save_is_tried_before_the_work(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.os, "access", lambda path, mode: path != tmp_path)  # root may all
+    assert evaluate.main(["--text", "/x", "--save", str(tmp_path / "x.json")]) == 2
+    assert "x.json is not writable: name another file" in capsys.readouterr().err
+
+
+def test_rows_are_printed_where_they_cannot_be_saved(capsys, story, tmp_path, monkeypatch):
+    def full(self, text):
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(evaluate.Path, "write_text", full)
+    assert evaluate.main(["--text", story, "--seq-len", "64", "--save", str(tmp_path / "x")]) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith("Perplexity ") and "No space left on device" in err
+
+
 def test_tasks_by_name_need_lm_eval(capsys, monkeypatch):
     monkeypatch.setattr(lm_eval_model, "is_installed", lambda: False)
     assert evaluate.main(["--tasks", "arc_easy"]) == 2

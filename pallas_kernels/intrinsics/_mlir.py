@@ -71,23 +71,29 @@ def ptx_values[R: Register](
     return [kind(value) for value in values]
 
 
-def change_in_place[R: Register](code: str, changed: Sequence[R], *args: R) -> list[R]:
-    """PTX that changes registers, 32-bit integers: $0.. are `changed`, before and after.
+def change_in_place[R: Register](code: str, changed: Sequence[R], *args: Register) -> list[R]:
+    """PTX that changes registers, all integers or all floats: $0.. are `changed`, before and after.
 
     They take numbers as results and as arguments: the first of `args` is $(2 len(changed)).
     """
     kind, count = type(changed[0]), len(changed)
-    constraints = ["=r"] * count + [str(i) for i in range(count)] + ["r"] * len(args)
+    written = ["=" + _constraint(register) for register in changed]
+    read = [str(i) for i in range(count)] + [_constraint(register) for register in args]
     result = llvm.inline_asm(
         llvm.StructType.get_literal([kind.mlir_type()] * count),
         [register.value for register in (*changed, *args)],
         code,
-        ",".join(constraints),
+        ",".join(written + read),
         has_side_effects=True,
         convergent=True,
         asm_dialect=0,
     )
     return [kind(llvm.extractvalue(kind.mlir_type(), result, [i])) for i in range(count)]
+
+
+def _constraint(register: Register) -> str:
+    """What inline PTX calls a 32-bit register of this kind."""
+    return "f" if isinstance(register.value.type, ir.F32Type) else "r"
 
 
 def ptx_name(dtype: Any) -> str:

@@ -25,6 +25,11 @@ def fence_reads() -> None:
     do_ptx("fence.proxy.async.shared::cta;")
 
 
+def fence_writes() -> None:
+    """Before a thread lets wgmma, of any thread, read shared memory that it has stored to."""
+    do_ptx("fence.proxy.async.shared::cta;")
+
+
 def arrive(barrier: I32) -> None:
     do_ptx("mbarrier.arrive.shared::cta.b64 _, [$0];", barrier)
 

@@ -66,24 +66,29 @@ def transpose_halves(value: I32) -> I32:
     return ptx_value(I32, code, value, convergent=True)
 
 
-# A warpgroup. Asynchronous: fence, wgmma_s8 as often as wanted, commit, wait.
+# A warpgroup. Asynchronous: fence, wgmma as often as wanted, commit, wait. B lies in shared memory,
+# swizzled by 128 bytes: in rows of 128 bytes, whose 16-byte parts are XORed with the row's number,
+# from addresses that are multiples of 1024 (PTX ISA, "Asynchronous warpgroup level matrix shared
+# memory layout", "Matrix descriptor format").
 
 
-def wgmma_fence(registers: Sequence[I32]) -> list[I32]:
+def wgmma_fence[R: (I32, F32)](registers: Sequence[R]) -> list[R]:
     """Before a wgmma that reads registers which were written since the last one."""
     return change_in_place("wgmma.fence.sync.aligned;", registers)
 
 
-def wgmma_descriptor(address: I32) -> I32:
-    """The low half of the descriptor of a K-major int8 tile [tokens, 128] in shared memory.
+def wgmma_descriptor(address: I32, *, columns_apart: int = 16) -> I32:
+    """The low half of the descriptor of a tile in shared memory; 16 bytes further add 1.
 
-    Swizzled by 128 bytes, so aligned to 1024; 8 tokens further are 1024 bytes further. 32 features
-    further add 2.
+    K-major (int8 or halves): rows are B's columns, and hold 128 bytes along K; 32 bytes further
+    is the next wgmma along K. Transposed (halves only): rows are along K, and hold 64 columns; the
+    next 64 columns are `columns_apart` bytes further, the next wgmma along K is 2048 further.
+    Either way 8 rows further are 1024 bytes further.
     """
-    return ((address & 0x3FFFF) >> 4) | 0x10000
+    return ((address & 0x3FFFF) >> 4) | columns_apart >> 4 << 16
 
 
-_DESCRIPTOR_HIGH = 1 << 30 | 1024 >> 4  # 128-byte swizzle, stride between groups of 8 tokens
+_DESCRIPTOR_HIGH = 1 << 30 | 1024 >> 4  # 128-byte swizzle, stride between groups of 8 rows
 
 
 def wgmma_s8(acc: Sequence[I32], a: Sequence[I32], descriptor: I32) -> list[I32]:
@@ -103,10 +108,34 @@ def wgmma_s8(acc: Sequence[I32], a: Sequence[I32], descriptor: I32) -> list[I32]
     return change_in_place(code, acc, *a, descriptor)
 
 
+def wgmma_halves(
+    acc: Sequence[F32] | int, a: Sequence[I32], descriptor: I32, *, transposed: bool = False
+) -> list[F32]:
+    """Starts acc += a @ b: float16 [64, 16] in registers, b float16 [16, columns] in shared memory.
+
+    acc: float32 [64, columns] in columns / 2 registers, or the number of columns where the sums
+    begin here. a, and acc for each 8 columns, as mma_halves per warp. transposed: b is.
+
+    Neither `acc` nor `a` may be touched until `wgmma_wait`.
+    """
+    begins = isinstance(acc, int)
+    count = acc // 2 if begins else len(acc)
+    first = count if begins else 2 * count  # what is changed in place takes two numbers
+    code = (
+        f"{{ .reg .b64 b; .reg .pred add; setp.ne.b32 add, {int(not begins)}, 0; "
+        f"mov.b64 b, {{${first + 4}, {_DESCRIPTOR_HIGH}}}; "
+        f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.f16.f16 "
+        f"{vector(0, count)}, {vector(first, 4)}, b, add, 1, 1, {int(transposed)}; }}"
+    )
+    if begins:
+        return ptx_values(F32, count, code, *a, descriptor, effect=True, convergent=True)
+    return change_in_place(code, acc, *a, descriptor)
+
+
 def wgmma_commit() -> None:
     do_ptx("wgmma.commit_group.sync.aligned;", convergent=True)
 
 
-def wgmma_wait(acc: Sequence[I32], a: Sequence[I32]) -> list[I32]:
+def wgmma_wait[R: (I32, F32)](acc: Sequence[R], a: Sequence[I32]) -> list[R]:
     """Until all wgmma of this warpgroup are done. `a`: operands, in registers kept so long."""
     return change_in_place("wgmma.wait_group.sync.aligned 0;", acc, *a)

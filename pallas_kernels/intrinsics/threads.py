@@ -38,7 +38,7 @@ def sync_block(threads: int, barrier: I32 | int = 1) -> None:
     do_ptx(f"bar.sync $0, {threads};", barrier, convergent=True)
 
 
-def arrive_at_block(threads: int, barrier: int) -> None:
+def arrive_at_block(threads: int, barrier: I32 | int) -> None:
     """Counts among those that meet in `sync_block`, and does not wait."""
     do_ptx("bar.arrive $0, $1;", barrier, threads, convergent=True)
 

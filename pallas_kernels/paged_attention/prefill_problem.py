@@ -51,8 +51,13 @@ class Problem:
 
     @property
     def tiles(self) -> int:
-        """Blocks of a KV head of a row of the batch."""
+        """Of 128 query rows, of a KV head of a row of the batch."""
         return math.ceil(self.tokens * self.group / ROWS)
+
+    @property
+    def blocks(self) -> int:
+        """Of the batch and all KV heads."""
+        return self.rows * self.kv_heads * self.tiles
 
     @property
     def side_bytes(self) -> int:
@@ -69,7 +74,7 @@ class Problem:
         """From q @ k to the exponent of two."""
         return self.sm_scale * math.log2(math.e)
 
-    # Shared memory, in bytes: two tiles, of K and V [TILE] rows of halves each.
+    # Shared memory of mosaic_prefill, in bytes: two tiles, of K and V [TILE] rows of halves each.
 
     @property
     def stride(self) -> int:

@@ -1,8 +1,8 @@
-"""64 keys and values, from where they lie to shared memory as float16.
+"""64 keys and values: where they lie, and what becomes of them as float16.
 
-All threads of a block together: each takes 16 bytes of a token's K, and of its V. Of a quantised
-page they are (code - 2^(bits-1)) s + c, rounded once. Values of tokens that are not there are
-zeros, because their weight 0 does not cancel a NaN.
+A thread takes 16 bytes of a token's K, and of its V. Of a quantised page they are
+(code - 2^(bits-1)) s + c, rounded once. Values of tokens that are not there are zeros, because
+their weight 0 does not cancel a NaN.
 """
 
 from __future__ import annotations
@@ -11,22 +11,27 @@ import dataclasses
 from collections.abc import Sequence
 
 from qserve_jax.pallas_kernels import intrinsics as ptx
-from qserve_jax.pallas_kernels.intrinsics import I32, Address
-from qserve_jax.pallas_kernels.paged_attention.prefill_problem import TILE, WARPS, Problem
+from qserve_jax.pallas_kernels.intrinsics import I32, Address, Predicate
+from qserve_jax.pallas_kernels.paged_attention.prefill_problem import TILE, Problem
+from qserve_jax.pallas_kernels.paged_attention.prefill_rows import Block, count_tiles, first_tile
 
 MAGIC = 0x64006400  # 1024 in both halves
-THREADS = 32 * WARPS
 
 
 @dataclasses.dataclass(frozen=True)
 class Pages:
-    """Tiles that are pages: of a row of the batch and a KV head, in a layer."""
+    """Tiles that are pages: of a row of the batch and a KV head, in a layer.
+
+    first: the first tile that some row sees, of `count`. end: the position after their last token.
+    """
 
     p: Problem
     table: Address
     pages: Address
-    first: I32
     index: I32
+    first: I32
+    count: I32
+    end: I32
 
     @property
     def chunks(self) -> int:
@@ -40,6 +45,10 @@ class Pages:
     @property
     def dtype(self) -> str:
         return self.p.stored
+
+    def begin(self, i: I32) -> I32:
+        """The position of the i-th tile's first token."""
+        return (self.first + i) * TILE
 
     def page(self, i: I32) -> I32:
         """Its id; one outside the table is its last."""
@@ -70,8 +79,11 @@ class NewTokens:
     p: Problem
     k: Address
     v: Address
-    first: I32
     row: I32
+    start: I32
+    first: I32
+    count: I32
+    end: I32
     bits = 16
 
     @property
@@ -81,6 +93,9 @@ class NewTokens:
     @property
     def dtype(self) -> str:
         return self.p.dtype
+
+    def begin(self, i: I32) -> I32:
+        return self.start + (self.first + i) * TILE
 
     def page(self, i: I32) -> I32:
         return self.first + i
@@ -98,41 +113,66 @@ class NewTokens:
 Source = Pages | NewTokens
 
 
-def passes(source: Source) -> int:
-    """How often each thread takes 16 bytes of a tile."""
-    return max(1, TILE * source.chunks // THREADS)
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """Where all keys and values are: pages, new tokens where they are attended, the layer."""
+
+    p: Problem
+    table: Address
+    pages: Address
+    new: list[Address]
+    layer: Address | None
+
+    def of(self, b: Block) -> list[Source]:
+        """What a block goes over: the pages, then the new tokens."""
+        pages = [self._pages(b)] if self.p.width else []
+        return pages + ([self._new_tokens(b)] if self.p.full else [])
+
+    def _pages(self, b: Block) -> Pages:
+        p = self.p
+        end = b.start if p.full else b.context
+        needed = ptx.minimum(end, b.start + b.last + 1)
+        first = first_tile(p, b.start + b.first)
+        count = count_tiles(b, first, ptx.minimum(needed, p.width * TILE))
+        table = self.table.advance(b.batch, 4 * p.width)
+        pages = self.pages.advance(b.kv_head, p.block_bytes)
+        return Pages(p, table, pages, self._first_page(), first, count, end)
+
+    def _first_page(self) -> I32:
+        """Of the layer, which is clamped."""
+        p = self.p
+        if self.layer is None:
+            return ptx.constant(0)
+        assert p.layers is not None
+        number = ptx.load_global(self.layer)[0]
+        number = ptx.select(number < 0, number + p.layers, number)
+        return ptx.minimum(ptx.maximum(number, 0), p.layers - 1) * p.num_pages
+
+    def _new_tokens(self, b: Block) -> NewTokens:
+        p = self.p
+        first = first_tile(p, b.first)
+        row = b.batch * (p.tokens * p.kv_heads) + b.kv_head
+        count = count_tiles(b, first, b.last + 1)
+        return NewTokens(p, self.new[0], self.new[1], row, b.start, first, count, b.context)
 
 
-def _items(source: Source) -> list[tuple[I32, I32]]:
-    """(token, chunk) of each pass; there are fewer than threads where a tile is small."""
-    items = [ptx.thread_index() + i * THREADS for i in range(passes(source))]
-    items = [ptx.minimum(item, TILE * source.chunks - 1) for item in items]
-    return [(item // source.chunks, item % source.chunks) for item in items]
+def sources(p: Problem, table: object, pages: object, more: Sequence[object]) -> Sources:
+    """more: new K and V where they are attended, and the layer where there are several."""
+    addresses = [ptx.global_address(ref) for ref in more]
+    layer = addresses.pop() if p.layers is not None else None
+    return Sources(p, ptx.global_address(table), ptx.global_address(pages), addresses, layer)
 
 
-def fetch(source: Source, page: I32) -> list[I32]:
-    """The words of this thread, of all passes."""
-    return [word for item in _items(source) for word in source.fetch(page, *item)]
-
-
-def store(p: Problem, source: Source, shared: I32, words: Sequence[I32], count: I32) -> None:
-    """What was fetched to shared memory; `count` tokens of the tile are there.
-
-    Threads beyond a small tile do its last item again, and store the same.
-    """
-    each = len(words) // passes(source)
-    for i, (token, chunk) in enumerate(_items(source)):
-        mine = words[i * each : (i + 1) * each]
-        k, v = mine[:4], mine[4:8]
-        if source.bits < 16:
-            k, v = (_dequantize(source.bits, *x) for x in ((k, mine[8]), (v, mine[9])))
-        else:
-            k, v = (ptx.words_of(ptx.floats_of(x, source.dtype), "float16") for x in (k, v))
-        v = [ptx.select(token < count, word, 0) for word in v]
-        at = shared + token * p.stride + chunk * (4 * len(k))
-        for offset, side in ((0, k), (p.values_at, v)):
-            for j in range(0, len(side), 4):
-                ptx.store_shared_words(at, side[j : j + 4], offset + 4 * j)
+def halves(source: Source, words: Sequence[I32], there: Predicate) -> tuple[list[I32], list[I32]]:
+    """K and V of what was fetched, in float16; of V zeros unless the token is there."""
+    k, v = words[:4], words[4:8]
+    if source.bits < 16:
+        scales = words[8], ptx.select(there, words[9], 0)
+        k, v = (_dequantize(source.bits, *x) for x in zip((k, v), scales, strict=True))
+        return k, v
+    if source.dtype != "float16":
+        k, v = (ptx.words_of(ptx.floats_of(x, source.dtype), "float16") for x in (k, v))
+    return list(k), [ptx.select(there, word, 0) for word in v]
 
 
 def _dequantize(bits: int, words: Sequence[I32], scales: I32) -> list[I32]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from qserve_jax.checkpoint.errors import CheckpointError
+from qserve_jax.checkpoint.errors import CheckpointError, first_line, listing, shorten
 from qserve_jax.checkpoint.hf import INDEX, SINGLE
 
 PARTIAL = ".partial"
@@ -26,31 +29,102 @@ COMPANIONS = (
 """What a checkpoint holds beside weights and config.json, and a converted one keeps."""
 
 
+REPORT = "quantization_report.json"
+"""What `quantize` keeps beside the weights, and in an unfinished output as its manifest."""
+OURS = re.compile(
+    "|".join(map(re.escape, (*COMPANIONS, "config.json", INDEX, REPORT, "params")))
+    + r"|(shard-\d+|model(-\d+-of-\d+)?)\.safetensors"
+)
+"""The names that a run writes into an unfinished output, less what marks them temporary."""
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder `path`.partial to write into, which becomes `path` when all has gone well.
 
     After an error it is removed; where the process is killed it stays, which `load_model` refuses
-    and the next run removes. Raises CheckpointError where `path` exists and is no empty directory.
+    and the next run removes. Raises CheckpointError where `path` exists and is no empty directory,
+    and as `open_partial`, also where `quantize` could go on with what it has left there.
     """
-    final = Path(path).expanduser()
+    final = Path(path).expanduser().absolute()
     check_free(final)
-    partial = partial_of(final)
-    shutil.rmtree(partial, ignore_errors=True)
-    make_folder(partial)
+    with open_partial(final) as partial:
+        if (partial / REPORT).exists():
+            raise CheckpointError(
+                f"{partial} is what a stopped run of quantize goes on with: let it, choose another "
+                "output, or remove it"
+            )
+        empty_folder(partial)
+        try:
+            yield partial
+            os.replace(partial, final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def open_partial(path: Path) -> Iterator[Path]:
+    """The folder that stands for `path` until it is complete, made unless it is there, and ours
+    alone within.
+
+    Raises CheckpointError where it cannot be made, where another process is at it, and where it
+    holds anything that no run has written, which is for the user to move.
+    """
+    folder = partial_of(path)
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder} is a link: remove it, or choose another output")
+    make_folder(folder)
+    lock = os.open(folder, os.O_RDONLY)
     try:
-        yield partial
-        os.replace(partial, final)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        _lock(lock, folder)
+        foreign = sorted(file.name for file in folder.iterdir() if not _is_ours(file.name))
+        if foreign:
+            raise CheckpointError(
+                f"{folder} holds what no run has left there ({listing(foreign)}): move it, or "
+                "choose another output"
+            )
+        yield folder
+    finally:
+        os.close(lock)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), folder.stat()):
+            return  # else the run that had the lock has renamed its folder meanwhile
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    raise CheckpointError(
+        f"another run is writing {folder}: wait for it, or choose another output"
+    ) from None
+
+
+def _is_ours(name: str) -> bool:
+    """Libraries write into names of their own first: .tmpXXXX, params.orbax-checkpoint-tmp."""
+    stem = name.removesuffix(".tmp").split(".orbax-checkpoint-tmp")[0]
+    return name.startswith(".tmp") or OURS.fullmatch(stem) is not None
+
+
+def empty_folder(folder: Path) -> None:
+    """Remove all that is in it, of links only themselves."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def check_free(path: Path) -> None:
-    """Raises CheckpointError where there is something at `path` already, for the user to decide."""
-    if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
-        return  # a link, which a folder cannot be renamed to, is no empty directory
-    if path.exists() or path.is_symlink():
+    """Raises CheckpointError where there is something at `path` already, for the user to decide,
+    and where nothing can be: a folder is put there by renaming it."""
+    try:
+        if path.name in ("", "..") or (path.exists() and path.samefile(os.curdir)):
+            raise CheckpointError(f"{path} cannot be replaced: name a new folder as output")
+        if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+            return  # a link, which a folder cannot be renamed to, is no empty directory
+        taken = path.exists() or path.is_symlink()
+    except OSError as error:
+        raise _cannot_be_made(path, error) from None
+    if taken:
         raise CheckpointError(f"{path} exists already: choose another output, or remove it")
 
 
@@ -59,9 +133,12 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be made ({error.strerror}): choose another output"
-        ) from None
+        raise _cannot_be_made(path, error) from None
+
+
+def _cannot_be_made(path: Path, error: OSError) -> CheckpointError:
+    reason = error.strerror
+    return CheckpointError(f"{shorten(path)} cannot be made ({reason}): choose another output")
 
 
 def partial_of(path: Path) -> Path:
@@ -107,11 +184,21 @@ def _shard_path(folder: Path, index: int) -> Path:
 
 
 def _write_shard(folder: Path, index: int, shard: dict[str, np.ndarray]) -> list[str]:
-    file = _shard_path(folder, index)
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in shard.items()}
-    save_file(contiguous, file, metadata={"format": "pt"})
-    file.chmod(0o644)  # safetensors leaves it to its owner alone
+    save_tensors(_shard_path(folder, index), shard)
     return list(shard)
+
+
+def save_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """One file of safetensors. Raises CheckpointError where it cannot be written."""
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{file} cannot be written ({first_line(error)}): make room there, or choose another "
+            "output"
+        ) from None
+    file.chmod(0o644)  # safetensors leaves it to its owner alone
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ beside the arrays as JSON, so that a checkpoint tells by itself what tree it hol
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,8 +45,16 @@ def save_orbax(path: str | os.PathLike[str], params: Mapping[str, Any]) -> None:
     folder = Path(path).absolute()
     if folder.exists():
         raise CheckpointError(f"{folder} exists already: choose another output, or remove it")
-    with _checkpointer() as checkpointer:
-        checkpointer.save(folder, args=args)
+    try:
+        with _checkpointer() as checkpointer:
+            checkpointer.save(folder, args=args)
+    except (OSError, ValueError, RuntimeError) as error:  # a full disk's are several, and long
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise CheckpointError(
+            f"{folder} cannot be written ({os.strerror(errno.ENOSPC)}): make room there, or choose "
+            "another output"
+        ) from None
 
 
 def abstract_orbax(path: str | os.PathLike[str]) -> dict[str, Any]:

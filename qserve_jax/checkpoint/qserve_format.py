@@ -234,7 +234,7 @@ def _common_group_size(kernels: list[Any]) -> int:
         found = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise ValueError(
             f"QServe's format has 4-bit weights of one kind, per channel or in groups of {GROUP}, "
-            f"not {found}: quantise with group_size=-1, or use the native format"
+            f"not {found}: quantise to 4 bits with group_size=-1, or use the native format"
         )
     return sizes.pop()
 

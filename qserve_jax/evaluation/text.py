@@ -57,7 +57,14 @@ def json_rows(path: Path, text: str) -> list[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            rows.append((number, json.loads(line)))
+            row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # no tokenizer takes half a character
+            rows.append((number, row))
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise ValueError(
+                f"{path}:{number} holds {half}, half a character: correct it"
+            ) from None
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else "cannot be parsed"
             raise ValueError(f"{path}:{number} is not JSON ({reason}): correct it") from None

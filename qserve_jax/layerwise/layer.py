@@ -70,7 +70,7 @@ def _kernel_errors(w: Array, quantized: Any, hessian: Array | None) -> dict[str,
 
 
 def _ratio(error: Array, size: Array) -> Array:
-    return jnp.where(size > 0, error / size, 0)
+    return jnp.where(size == 0, 0, error / size)  # NaN is to be seen
 
 
 @jax.jit

@@ -88,11 +88,15 @@ def quantize_checkpoint(
 
 
 def _check_tokens(config: ModelConfig, tokens: np.ndarray | None) -> None:
-    if tokens is None or not tokens.size:
+    if tokens is None or not np.size(tokens):
         raise ValueError("the recipe needs calibration tokens: give i32[samples, T] of some text")
-    if tokens.max() >= config.vocab_size or tokens.min() < 0:
+    if np.ndim(tokens) != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        found = f"{tokens.dtype}{list(tokens.shape)}"
+        raise ValueError(f"calibration tokens are {found}, not i32[samples, T]: give whole windows")
+    outside = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
+    if outside.size:
         raise ValueError(
-            f"calibration token {tokens.max()} is not in the model's vocabulary of "
+            f"calibration token {outside[0]} is not in the model's vocabulary of "
             f"{config.vocab_size}: use the tokenizer of this model"
         )
 

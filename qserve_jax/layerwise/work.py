@@ -10,28 +10,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from qserve_jax.checkpoint.atomic import (
+    REPORT,
     check_free,
     copy_companions,
-    make_folder,
-    partial_of,
+    empty_folder,
+    open_partial,
+    save_tensors,
 )
 from qserve_jax.checkpoint.errors import CheckpointError, listing
 from qserve_jax.checkpoint.hf import INDEX, read_json, tensor_specs
 from qserve_jax.models.config import brief
-
-REPORT = "quantization_report.json"
 
 
 @dataclasses.dataclass
@@ -47,7 +44,7 @@ class Work:
 
     def add(self, tensors: Mapping[str, np.ndarray], entry: dict[str, Any]) -> None:
         """Keep the next part."""
-        file = self._file(len(self.parts))
+        file = self.file(len(self.parts))
         _write_tensors(file, tensors)
         self.parts.append(entry)
         content = {"settings": self.settings, "parts": self.parts}
@@ -55,7 +52,7 @@ class Work:
 
     def finish(self, config: dict[str, Any], companions: Path | None) -> None:
         """All parts are there: make them a checkpoint."""
-        specs = tensor_specs([self._file(i) for i in range(self.num_parts)])
+        specs = tensor_specs([self.file(i) for i in range(self.num_parts)])
         total = sum(spec.nbytes for spec in specs.values())
         weight_map = {name: spec.file.name for name, spec in specs.items()}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -64,7 +61,8 @@ class Work:
         _write_whole(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         os.replace(self.folder, self.final)
 
-    def _file(self, index: int) -> Path:
+    def file(self, index: int) -> Path:
+        """Of that part."""
         name = f"model-{index + 1:05d}-of-{self.num_parts:05d}.safetensors"
         return self.folder / name
 
@@ -76,65 +74,52 @@ def open_work(
     """The work towards the directory `output`, taken up where a run with the same settings stopped.
 
     settings: JSON values. restart: forget what there is.
-    Raises CheckpointError where `output` exists, where an unfinished one has other settings, and
-    where another process is at it.
+    Raises CheckpointError where `output` exists, where an unfinished one has other settings or
+    is damaged, and as `open_partial`.
     """
     check_free(output)
-    folder = partial_of(output)
-    make_folder(folder)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        _lock(lock, folder)
-        parts = [] if restart else _finished(folder, settings)
-        if not parts:
-            _empty(folder)
-        yield Work(output.absolute(), folder, num_parts, settings, parts)
-    finally:
-        os.close(lock)
+    with open_partial(output) as folder:
+        work = Work(output.absolute(), folder, num_parts, settings, [])
+        if not restart:
+            work.parts = _finished(work)
+        if not work.parts:
+            empty_folder(folder)
+        yield work
 
 
-def _lock(descriptor: int, folder: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise CheckpointError(
-            f"another run is writing {folder}: wait for it, or choose another output"
-        ) from None
-
-
-def _finished(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The entries of an unfinished output. Raises CheckpointError unless it has these settings."""
-    cure = "give the same flags to go on with it, or --restart to begin anew"
-    if not (folder / REPORT).is_file():
+def _finished(work: Work) -> list[dict[str, Any]]:
+    """The entries of an unfinished output. Raises CheckpointError unless it has these settings, and
+    the files that it tells of."""
+    report = work.folder / REPORT
+    if not report.is_file():
         return []
     try:
-        content = read_json(folder / REPORT)
+        content = read_json(report)
         found, parts = dict(content["settings"]), list(content["parts"])
     except (ValueError, KeyError, TypeError):
-        raise CheckpointError(
-            f"{folder / REPORT} is damaged: give --restart to begin anew"
-        ) from None
-    wanted = json.loads(json.dumps(settings))
+        raise CheckpointError(f"{report} is damaged: give --restart to begin anew") from None
+    wanted = json.loads(json.dumps(work.settings))
     differing = [
         f"{key} is {brief(wanted.get(key))}, was {brief(found.get(key))}"
         for key in sorted({*wanted, *found})
         if wanted.get(key) != found.get(key)
     ]
     if differing:
-        raise CheckpointError(f"{folder} was begun otherwise ({listing(differing)}): {cure}")
+        raise CheckpointError(
+            f"{work.folder} was begun otherwise ({listing(differing)}): give the same flags to go "
+            "on with it, or --restart to begin anew"
+        )
+    try:
+        tensor_specs([work.file(i) for i in range(len(parts))])
+    except CheckpointError as error:
+        reason = str(error).partition(": ")[0]
+        raise CheckpointError(f"{reason}: give --restart to begin anew") from None
     return parts
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     temporary = file.with_name(f"{file.name}.tmp")
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    save_file(contiguous, temporary, metadata={"format": "pt"})
-    temporary.chmod(0o644)  # safetensors leaves it to its owner alone
+    save_tensors(temporary, tensors)
     _put_in_place(temporary, file)
 
 

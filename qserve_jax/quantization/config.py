@@ -44,7 +44,7 @@ class QuantConfig:
         ):
             value = getattr(self, field)
             if value not in allowed:
-                raise ValueError(f"{field}={value} is not supported: use one of {allowed}")
+                raise ValueError(f"{field}={value!r:.60} is not supported: use one of {allowed}")
         if self.act_bits == 8 and self.weight_bits == 16:
             raise ValueError("act_bits=8 needs 4- or 8-bit weights, got weight_bits=16")
 

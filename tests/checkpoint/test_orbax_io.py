@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from qserve_jax.checkpoint import (
@@ -129,3 +130,12 @@ def test_restores_sharded_onto_meshes_of_1_2_and_4_devices(tmp_path, rng):
         assert found["read"] < 2 * found["bytes"]
         assert "WARNING" not in result.stderr
         assert found["devices"] == devices and found["sums"] == expected
+
+
+def test_a_full_disk_is_one_line_with_a_cure(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise ValueError("RESOURCE_EXHAUSTED: at local file: No space left on device [os_error=28]")
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", full)
+    with pytest.raises(CheckpointError, match="out cannot be written .No space left on device.: m"):
+        save_orbax(tmp_path / "out", {"a": jnp.ones(2)})

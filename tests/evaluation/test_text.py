@@ -39,6 +39,7 @@ def test_plain_and_jsonl(tmp_path):
         ("a.txt", b"ab\xff", r"a.txt is not UTF-8 text \(byte 2\): convert it to UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"x": 1}', r'a.jsonl:2 has no "text": give'),
         ("a.jsonl", b"[1", "a.jsonl:1 is not JSON .*: correct it"),
+        ("a.jsonl", b'{"text": "a \\ud83e b"}', r"a.jsonl:1 holds '.ud83e', half a character: c"),
         ("a.jsonl", b"[" * 100000, "a.jsonl:1 is not JSON .*: correct it"),
     ],
 )

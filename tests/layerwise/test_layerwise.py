@@ -7,8 +7,10 @@ import pytest
 
 from qserve_jax.checkpoint import load_model
 from qserve_jax.layerwise import open_source, quantize_checkpoint, run, sample_windows
+from qserve_jax.layerwise.layer import quantize_layer
 from qserve_jax.models import CausalLM
 from qserve_jax.models.calibration import Calibrator
+from qserve_jax.models.layer_calibration import LayerCalibrator
 from qserve_jax.quantization import dequantize_kernel
 from qserve_jax.quantization.recipes import Recipe, find_recipe, quantize_with_recipe
 
@@ -63,6 +65,14 @@ def test_output_errors_are_true(tiny, tmp_path):
     assert 1e-4 < errors["output_error"] < 0.1
 
 
+def test_a_layer_that_adds_nothing_has_no_error(tiny):
+    layer = {"layers": jax.tree.map(lambda w: jnp.zeros_like(w[:1]), tiny.params["layers"])}
+    hidden = [jnp.ones((2, 8, 128), jnp.float32)]
+    calibrator = LayerCalibrator(tiny.config, hidden)
+    _, report = quantize_layer(tiny.config, layer, calibrator, Recipe(gptq=True))
+    assert report["output_error"] == 0
+
+
 def test_activations_that_are_not_finite_are_named_by_layer(tiny, tmp_path):
     from qserve_jax.checkpoint.export import export_hf
 
@@ -80,6 +90,9 @@ def test_activations_that_are_not_finite_are_named_by_layer(tiny, tmp_path):
 def test_tokens_of_another_model(tiny, tmp_path):
     source, recipe = open_source(tiny.folder), find_recipe("qoq-g128")
     for tokens, message in (
+        (tiny.tokens - 1, "calibration token -1 is not in the model's vocabulary of 64"),
+        (tiny.tokens[0], r"calibration tokens are int32\[64\], not i32\[samples, T\]"),
+        (tiny.tokens / 2, r"calibration tokens are float64\[8, 64\], not i32\[samples, T\]"),
         (tiny.tokens + 1, "calibration token 64 is not in the model's vocabulary of 64"),
         (None, "the recipe needs calibration tokens"),
     ):

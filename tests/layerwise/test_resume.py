@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qserve_jax.checkpoint import CheckpointError, load_model
@@ -63,6 +64,38 @@ def test_other_settings_are_refused_and_restart_forgets(tmp_path):
     with pytest.raises(CheckpointError, match="is damaged: give --restart"):
         with open_work(output, 3, {}):
             pass
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.unlink(), "model-00002-of-00003.safetensors is no regular file"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-1]), "is truncated or corrupt"),
+        (lambda file: file.write_bytes(b"x" * 100), "is truncated or corrupt"),
+    ],
+    ids=["missing", "truncated", "garbage"],
+)
+def test_damaged_parts_are_found_before_the_work_goes_on(tmp_path, damage, message):
+    with open_work(tmp_path / "out", 3, {}) as work:
+        for i in range(2):
+            work.add({f"{i}": np.ones(8, np.float32)}, {"part": i})
+    damage(work.file(1))
+    with pytest.raises(CheckpointError, match=f"{message}.*: give --restart to begin anew"):
+        with open_work(tmp_path / "out", 3, {}):
+            pass
+    assert work.file(0).exists()
+    with open_work(tmp_path / "out", 3, {}, restart=True) as work:
+        assert work.parts == []
+
+
+def test_files_of_others_are_left_alone(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("years of work")
+    for restart in (False, True):
+        with pytest.raises(CheckpointError, match="what no run has left there .thesis.txt."):
+            with open_work(tmp_path / "out", 3, {}, restart=restart):
+                pass
+    assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "years of work"
 
 
 def test_an_output_that_exists_is_left_alone(quantized, tiny):

@@ -182,7 +182,7 @@ class Machine:
         return [type(k)(np.where(condition.values, f.values, k.values)) for f, k in pairs]
 
     def loop(self, count, carry, body):
-        counts = np.unique(count.values)
+        counts = np.unique(np.broadcast_to(count.values, self.mask.shape)[self.mask])
         assert len(counts) == 1, "threads that loop differently often"
         for i in range(int(counts[0].astype(np.int32))):
             carry = body(self.constant(i), carry)

@@ -1,6 +1,5 @@
 """Attention of many new tokens: the kernel's own code on numpy twins, lowered, and on a GPU."""
 
-import dataclasses
 import functools
 import re
 from typing import Any
@@ -11,137 +10,33 @@ import numpy as np
 import pytest
 
 from qserve_jax.pallas_kernels import backend, paged_attention
-from qserve_jax.pallas_kernels.paged_attention import cudnn_prefill, mosaic_prefill, prefill_tile
-from qserve_jax.pallas_kernels.paged_attention.prefill_problem import WARPS, problem
+from qserve_jax.pallas_kernels.paged_attention import (
+    cudnn_prefill,
+    mosaic_prefill,
+    prefill_rows,
+    prefill_tile,
+)
+from qserve_jax.pallas_kernels.paged_attention.prefill_problem import WARPS
 from qserve_jax.quantization.qtensor import KVCache, kv_bytes_per_token
 from tests.pallas_kernels import lanes
+from tests.pallas_kernels.prefill_cases import expected_of, make_case, operands_of, worst_error
 from tests.pallas_kernels.w4a8_cases import mosaic_module
 
 HOPPER = "cp.async.bulk|mbarrier|wgmma|cluster|griddepcontrol|setmaxnreg|fence|elect\\.|nvvm|nvgpu"
 SHAPES = [(32, 8, 128), (32, 8, 64), (14, 2, 64), (28, 4, 128), (32, 32, 128), (64, 8, 128)]
 
 
-@dataclasses.dataclass
-class Case:
-    """Arrays of a call; the pages of one layer of two."""
-
-    q: Any
-    pages: Any
-    bits: int
-    table: Any
-    context_lens: Any
-    query_lens: Any
-    new_k: Any
-    new_v: Any
-
-    @property
-    def cache(self):
-        return KVCache(self.pages, self.bits, self.q.shape[-1])
-
-    def call(self, run=paged_attention, q_dtype=None, **options):
-        """On JAX's arrays; q, new_k and new_v in q_dtype where it is given."""
-        floats = [jnp.asarray(x, q_dtype) for x in (self.q, self.new_k, self.new_v)]
-        lens = map(jnp.asarray, (self.table, self.context_lens, self.query_lens))
-        table, context_lens, query_lens = lens
-        cache = KVCache(jnp.asarray(self.pages), self.bits, self.q.shape[-1])
-        return run(
-            floats[0],
-            cache,
-            table,
-            context_lens,
-            new_k=floats[1],
-            new_v=floats[2],
-            query_lens=query_lens,
-            layer=jnp.int32(1),
-            **options,
-        )
-
-
-def make_pages(rng, bits, num_pages, kv_heads, head_dim, dtype="bfloat16"):
-    """K and V drawn differently, scales that differ by token and head."""
-    if bits == 16:
-        shape = (2, num_pages, kv_heads, 2, 64, head_dim)
-        side = np.array([1, 0.3]).reshape(2, 1, 1)
-        return (rng.standard_normal(shape) * side + 0.1).astype(jnp.dtype(dtype))
-    words = 64 * 2 * head_dim * bits // 32
-    lead = (2, num_pages, kv_heads)
-    codes = rng.integers(-(2**31), 2**31, (*lead, words), dtype=np.int32)
-    scales = rng.uniform(0.05, 0.3, (*lead, 64, 4)) / (2 ** (bits - 4))
-    scales[..., 1::2] = rng.uniform(-1, 1, (*lead, 64, 2))
-    scales = np.ascontiguousarray(scales.astype(np.float16)).view(np.int32)
-    return np.concatenate([codes, scales.reshape(*lead, 128)], -1)
-
-
-def poison(pages, bits, head_dim, page, tokens):
-    """NaN where nobody may look: of a page the tokens of a slice, in all layers and heads."""
-    if bits == 16:
-        pages[:, page, :, :, tokens] = np.nan
-    else:
-        scales = pages[..., 64 * 2 * head_dim * bits // 32 :].view(np.float16)
-        scales.reshape(*pages.shape[:3], 64, 4)[:, page, :, tokens] = np.nan
-
-
-def make_case(rng, context, new, heads, kv_heads, head_dim, bits, dtype="float16", attends="full"):
-    """Shuffled pages; what is behind each length, and the page that nobody has, is NaN."""
-    context, new = np.array(context, np.int32), np.array(new, np.int32)
-    b, t = len(context), max(2, int(new.max()))
-    stored = context - new if attends == "full" else context
-    needed = -(-stored // 64)
-    num_pages, width = int(needed.sum()) + 2, int(needed.max(initial=0)) + 1
-    pages = make_pages(rng, bits, num_pages, kv_heads, head_dim, dtype)
-    table = np.full((b, width), -1, np.int32)
-    order = iter(rng.permutation(num_pages))
-    for row in range(b):
-        table[row, : needed[row]] = [next(order) for _ in range(needed[row])]
-        if stored[row] % 64:
-            poison(pages, bits, head_dim, table[row, needed[row] - 1], slice(stored[row] % 64, 64))
-    for page in order:
-        poison(pages, bits, head_dim, page, slice(0, 64))
-    shape = (b, t, kv_heads, head_dim)
-    draw = [rng.standard_normal((b, t, heads, head_dim)), rng.standard_normal(shape)]
-    q, k, v = (x.astype(jnp.dtype(dtype)) for x in (*draw, rng.standard_normal(shape) * 0.3 + 0.1))
-    for row in range(b):
-        k[row, new[row] :] = v[row, new[row] :] = np.nan
-    return Case(q, pages, bits, table, context, new, k, v)
-
-
 def emulate(case, attends="full", window=None):
     """The kernel's code on twins, block by block."""
-    options = {"sm_scale": None, "window": window, "softcap": None}
-    cache: Any = case.cache
-    p = problem(
-        *("twins", case.q, cache, case.table),
-        **{"new_k": case.new_k, "attends": attends, "layer": 1, **options},
-    )
-    lens = np.stack([case.context_lens, case.query_lens], 1)
-    arrays = [case.q, lens, case.table, case.pages]
-    arrays += [case.new_k, case.new_v] if p.full else []
-    arrays[2] = arrays[2] if p.width else np.full((p.rows, 1), -1, np.int32)
-    memories = [lanes.Memory(x) for x in (*arrays, np.array([1], np.int32))]
-    out = lanes.Memory(np.zeros_like(case.q), filled=False)
-    for block in range(p.rows * p.kv_heads * p.tiles):
+    p, memories, out = operands_of(case, attends, window)
+    for block in range(p.blocks):
         machine = lanes.Machine([block], 32 * WARPS, p.shared_bytes)
         with pytest.MonkeyPatch.context() as patch:
-            for module in (mosaic_prefill, prefill_tile):
+            for module in (mosaic_prefill, prefill_rows, prefill_tile):
                 patch.setattr(module, "ptx", machine.namespace())
-            patch.setattr(mosaic_prefill, "F32", lanes.F32)
             mosaic_prefill._body(p, *memories, out, machine.shared)
     assert out.filled.all()
     return out.array()
-
-
-def worst_error(found, expected, query_lens):
-    """Relative Frobenius, of the worst sequence's real tokens."""
-    found, expected = (np.asarray(a, np.float64) for a in (found, expected))
-    norms = [
-        (np.linalg.norm(found[row, :n] - expected[row, :n]), np.linalg.norm(expected[row, :n]))
-        for row, n in enumerate(query_lens)
-    ]
-    return np.max([error / norm for error, norm in norms if norm > 0])  # NaN where there is one
-
-
-def expected_of(case, **options):
-    return case.call(q_dtype=jnp.float32, backend="reference", **options)
 
 
 CASES = [  # context, new, heads, kv_heads, head_dim, bits
@@ -208,7 +103,8 @@ def test_the_emulation_notices(rng, monkeypatch):
         with pytest.raises(AssertionError, match="without meeting"):
             emulate(made)
     with monkeypatch.context() as patch:  # one key too many
-        patch.setattr(mosaic_prefill, "_valid", lambda *a, f=mosaic_prefill._valid: f(*a) + 1)
+        right = prefill_rows.seen
+        patch.setattr(prefill_rows, "seen", lambda *a: (right(*a)[0], right(*a)[1] + 1))
         assert not worst_error(emulate(made), expected, made.query_lens) < 1e-2
 
 

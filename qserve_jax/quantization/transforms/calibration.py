@@ -54,7 +54,9 @@ def reduce_input(x: Array, *, moment: bool = False) -> InputStats:
     """x float[..., K] -> its statistics over all leading axes."""
     x = x.astype(jnp.float32).reshape(-1, x.shape[-1])
     second = jnp.einsum("nk,nj->kj", x, x, precision="highest") if moment else None
-    return InputStats(jnp.max(jnp.abs(x), axis=0), second, jnp.float32(x.shape[0]))
+    # XLA's maximum of float32 over an axis can lose NaN on a CPU (jax 0.11.2 and 0.12.0).
+    absmax = jnp.where(jnp.isnan(x).any(axis=0), jnp.nan, jnp.max(jnp.abs(x), axis=0))
+    return InputStats(absmax, second, jnp.float32(x.shape[0]))
 
 
 def collect_statistics(
@@ -74,8 +76,8 @@ def collect_statistics(
       stay where they are: the reductions become collectives.
     first_layer: what errors call the first entry of a stack.
 
-    Raises ValueError where there is no batch, or where an input is NaN or infinite, by name and
-    index in its stack (the layer).
+    Raises ValueError where there is no batch, or where an input, or with hessians its square, is
+    NaN or infinite, by name and index in its stack (the layer).
     """
     total = None
     for tokens in token_batches:
@@ -84,6 +86,8 @@ def collect_statistics(
         raise ValueError("token_batches is empty: give at least one batch of calibration tokens")
     for name, stats in total.items():
         _check_finite(name, stats.absmax, first_layer)
+        if stats.moment is not None:  # squares overflow first
+            _check_finite(name, jnp.diagonal(stats.moment, axis1=-2, axis2=-1), first_layer)
     return ActivationStats(
         absmax={name: s.absmax for name, s in total.items()},
         hessian={name: _hessian(s) for name, s in total.items() if s.moment is not None},

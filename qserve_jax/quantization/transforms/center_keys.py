@@ -23,8 +23,16 @@ def center_keys(params: Params, heads: dict[str, jax.Array]) -> Params:
 
     heads: `layers/keys` [L, B, T, K, H] after the rotary embedding (`attention_heads` of
     qserve_jax.models). Adds the leaf `layers/key_center/center` f32[L, K, H]; run the result with
-    the config that `config_of` of qserve_jax.models.llama gives.
+    the config that `config_of` of qserve_jax.models.llama gives. Raises ValueError for the heads of
+    another model.
     """
+    layers, *_, kv_heads, size = heads["layers/keys"].shape
+    kernel = params["layers"]["k_proj"]["kernel"].shape
+    if (layers, kv_heads * size) != (kernel[0], kernel[-1]):
+        raise ValueError(
+            f"keys have {layers} layers of {kv_heads} x {size} but k_proj has {kernel[0]} of "
+            f"{kernel[-1]} outputs: collect the heads of this model"
+        )
     mean = heads["layers/keys"].astype(jnp.float32).mean(axis=(1, 2))
     before = params["layers"].get(CENTER)  # the keys lack it already
     return update_layers(

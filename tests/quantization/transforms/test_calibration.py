@@ -82,6 +82,15 @@ def test_nan_is_named(make):
         case.stats()
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e20])
+def test_one_number_that_is_not_finite_is_found(rng, value):
+    """Among so many that XLA computes with vectors; of 1e20 the square is infinite."""
+    x = rng.standard_normal((256, 64)).astype(np.float32)
+    x[77, 3] = value
+    with pytest.raises(ValueError, match="input 'x' is not finite in channel 3"):
+        collect_statistics(lambda _, tokens: {"x": tokens}, {}, [x], hessians=value == 1e20)
+
+
 def test_refusals(make):
     with pytest.raises(ValueError, match="token_batches is empty"):
         collect_statistics(two_layers, {}, [])

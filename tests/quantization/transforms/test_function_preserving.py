@@ -80,6 +80,13 @@ def test_search_smooth_attention(case):
     same(case, smoothed)
 
 
+def test_heads_of_another_model_are_refused(case):
+    heads = attention_heads(case.model)(case.params, case.tokens)
+    for keys in (heads["layers/keys"][:1], heads["layers/keys"][..., :-2]):
+        with pytest.raises(ValueError, match="keys have .* but k_proj has .*: collect the heads"):
+            center_keys(case.params, {"layers/keys": keys})
+
+
 def test_center_keys(case):
     heads = attention_heads(case.model)(case.params, case.tokens)
     centered = jax.jit(center_keys)(case.params, heads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -131,7 +132,8 @@ def sampling_params(fields: dict[str, Any], logprobs: int | None) -> SamplingPar
     given = {name: fields[name] for name in SAMPLING if name in fields}
     for name, most in MOST.items():
         check_most(name, given.get(name, 0), most)
-    if any(len(stop) > LONGEST_STOP for stop in given.get("stop", ())):
+    stops = given.get("stop", ())
+    if any(len(stop) > LONGEST_STOP for stop in ([stops] if isinstance(stops, str) else stops)):
         message = f"a stop string has more than {LONGEST_STOP} characters: shorten it"
         raise ApiError(400, message, param="stop")
     if -(2**63) <= given.get("seed", 0) < 0:  # a signed integer to OpenAI
@@ -141,8 +143,13 @@ def sampling_params(fields: dict[str, Any], logprobs: int | None) -> SamplingPar
     try:
         return SamplingParams(**{"temperature": 1.0, **given}, logprobs=logprobs)
     except ValueError as error:
-        name = str(error).split("=")[0]
-        raise ApiError(400, str(error), param=name if name in SAMPLING else None) from None
+        raise ApiError(400, str(error), param=named_field(error)) from None
+
+
+def named_field(error: ValueError) -> str | None:
+    """The field that a message of SamplingParams begins with."""
+    name = re.split(r"\W", str(error))[0]
+    return name if name in SAMPLING else None
 
 
 def check_most(name: str, value: Any, most: int) -> None:

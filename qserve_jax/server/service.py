@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import re
 import sys
 import time
 from collections.abc import AsyncGenerator, Iterator
@@ -19,7 +18,7 @@ from qserve_jax.runtime.prompts import encode_prompt
 from qserve_jax.runtime.sampling_params import SamplingParams
 from qserve_jax.server.answers import Answer, Json
 from qserve_jax.server.errors import ApiError
-from qserve_jax.server.fields import SAMPLING
+from qserve_jax.server.fields import named_field
 from qserve_jax.server.job import Job
 from qserve_jax.server.metrics import Metrics
 from qserve_jax.server.token_text import token_bytes
@@ -97,8 +96,7 @@ class Service:
         try:
             self.engine.llm.sequences(prompts, params)  # which refuses what it cannot do
         except ValueError as error:
-            name = re.split(r"\W", str(error))[0]
-            raise ApiError(400, str(error), param=name if name in SAMPLING else None) from None
+            raise ApiError(400, str(error), param=named_field(error)) from None
         tokens = sum(map(len, prompts))
         return Answer(job, self.name, self.bytes_of, tokens, echoes), prompts, params
 
@@ -119,7 +117,7 @@ class Service:
         if llm.tokenizer is None:
             raise ApiError(400, "echo needs a tokenizer, which the model has not", param="echo")
         return prompts, [
-            raw if isinstance(raw, str) else llm.tokenizer.decode(ids)
+            raw if isinstance(raw, str) else llm.tokenizer.decode(ids, skip_special_tokens=True)
             for raw, ids in zip(job.prompts, prompts, strict=True)
         ]
 

@@ -135,7 +135,8 @@ def load(args: argparse.Namespace) -> LLM:
     _cli.use_chat_template(args, loaded)
     is_float = loaded.format == "float" and loaded.quant_config.weight_bits < 16
     llm = _cli.make_llm(args, loaded, 64, loaded.config.context_length)
-    llm.generate([[0]], SamplingParams(max_tokens=2, ignore_eos=True))
+    as_most_ask = SamplingParams(max_tokens=2, ignore_eos=True, temperature=1.0)
+    llm.generate([[0]], as_most_ask)
     if not args.quiet:
         if is_float:
             print("note: weights were quantised on load, by round-to-nearest", file=sys.stderr)

@@ -17,6 +17,7 @@ from qserve_jax.server.service import CUT_SECONDS, Service
 
 def bound_socket(host: str, port: int) -> socket.socket:
     """A socket that holds the address, and does not listen yet. Raises ValueError."""
+    bound = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -25,6 +26,8 @@ def bound_socket(host: str, port: int) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # right after a restart
         bound.bind(address)
     except OSError as error:
+        if bound is not None:
+            bound.close()
         reason = error.strerror or error
         raise ValueError(
             f"--host {host} --port {port} cannot be listened on ({reason}): use another one"

@@ -57,7 +57,7 @@ async def read_bytes(request: Request, max_bytes: int) -> bytes:
 def parse_object(data: bytes) -> dict[str, Any]:
     """Raises ApiError 400."""
     try:
-        value = json.loads(data.decode(), parse_constant=refuse_constant)
+        value = DECODER.decode(data.decode())
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the body is not UTF-8 ({error.reason}): encode it so") from None
     except (ValueError, RecursionError) as error:  # a number of 5000 digits; too many brackets
@@ -71,6 +71,9 @@ def parse_object(data: bytes) -> dict[str, Any]:
 def refuse_constant(name: str) -> float:
     """Python reads NaN and Infinity, which JSON does not have."""
     raise ValueError(f"{name} is no number of JSON")
+
+
+DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 
 
 async def disconnected(request: Request) -> None:

@@ -92,7 +92,7 @@ def llm():
     """
     loaded = load_model(DEMO, precision="w16a16kv16", dtype="float32")
     loaded.tokenizer.chat_template = TEMPLATE
-    return LLM(loaded, max_model_len=128, page_size=16, num_pages=12, max_num_seqs=2, seed=0)
+    return LLM(loaded, max_model_len=128, page_size=32, num_pages=7, max_num_seqs=2, seed=0)
 
 
 @pytest.fixture(scope="package")

@@ -10,10 +10,11 @@ import subprocess
 import sys
 import time
 
-import openai
 import pytest
 
 from qserve_jax.serve import API_KEY_VARIABLE, main
+
+openai = pytest.importorskip("openai", reason="needs the extra dev")
 
 KEY = "sk-never-to-be-seen"
 FLAGS = ("--max-model-len", "1024", "--max-num-seqs", "1", "--num-pages", "64")

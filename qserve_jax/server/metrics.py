@@ -21,7 +21,7 @@ class Metrics:
         self.registry.register(EngineCollector(llm))
         self.requests = Counter(
             "qserve_jax_requests",
-            "Requests answered, by route and HTTP status; those cut short have no status",
+            "Requests, by route and HTTP status; 499 where the client went before the first byte",
             ("route", "status"),
             registry=self.registry,
         )

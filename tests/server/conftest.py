@@ -1,4 +1,9 @@
-"""One server of the demo model for all tests of this folder, in a thread, on a free port."""
+"""One server of the demo model for all tests of this folder, in a thread, on a free port.
+
+The tests, which need the extras, skip without them; this file has to be importable.
+"""
+
+from __future__ import annotations
 
 import asyncio
 import contextlib
@@ -7,15 +12,17 @@ import http.client
 import json
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import openai
 import pytest
 
 import qserve_jax
 from qserve_jax import LLM, AsyncLLM, load_model
-from qserve_jax.server.app import make_app
-from qserve_jax.server.process import bound_socket, serve_app
-from qserve_jax.server.service import Limits, Service
+
+if TYPE_CHECKING:
+    import openai
+
+    from qserve_jax.server.service import Service
 
 DEMO = Path(qserve_jax.__file__).parent / "assets" / "demo"
 TEMPLATE = (
@@ -36,6 +43,8 @@ class Served:
     task: asyncio.Task
 
     def client(self, **options) -> openai.OpenAI:
+        import openai
+
         options = {"api_key": KEY, "max_retries": 0, "timeout": 120} | options
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", **options)
 
@@ -60,6 +69,10 @@ class Served:
 @contextlib.contextmanager
 def serving(llm, *, limits=None, api_key=None, grace=0.0):
     """A server of the LLM, until the end of the block."""
+    from qserve_jax.server.app import make_app
+    from qserve_jax.server.process import bound_socket, serve_app
+    from qserve_jax.server.service import Limits, Service
+
     up, served = threading.Event(), []
 
     async def main():

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from qserve_jax.server.service import Limits
+pytest.importorskip("openai", reason="needs the extra dev")
+Limits = pytest.importorskip("qserve_jax.server.service").Limits
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 KEY = "sk-only-the-tests-know"

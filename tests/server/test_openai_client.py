@@ -3,10 +3,11 @@
 import asyncio
 import dataclasses
 
-import openai
 import pytest
 
 from qserve_jax import SamplingParams
+
+openai = pytest.importorskip("openai", reason="needs the extra dev")
 
 PROMPT = "Once upon a time"
 GREEDY = SamplingParams(max_tokens=24)

@@ -10,9 +10,9 @@ import threading
 import time
 import tracemalloc
 
-import openai
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
+
+openai = pytest.importorskip("openai", reason="needs the extra dev")
 
 LONG = {"prompt": [5, 6], "max_tokens": 120, "ignore_eos": True, "temperature": 0}
 SHORT = {"prompt": [5, 6], "max_tokens": 3, "temperature": 0}
@@ -156,6 +156,8 @@ def test_drain_cuts(llm, slow, serve):
 
 def metrics(served):
     """Samples of /metrics by name and labels."""
+    from prometheus_client.parser import text_string_to_metric_families
+
     text = served.request("GET", "/metrics")[1]
     return {
         (sample.name, *sample.labels.values()): sample.value
@@ -209,6 +211,8 @@ def test_memory_stays_flat(served, rounds, limit):
         gc.collect()
         return tracemalloc.get_traced_memory()[0]
 
+    two_rows = served.complete(**SHORT | {"prompt": [[5, 6], [7, 8]]})  # a program is memory too
+    assert two_rows[0] == 200
     tracemalloc.start()
     try:
         for _ in range(3):

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ def expected(llm, prompt=PROMPT, **params):
     return output
 
 
-def complete(client, prompt=PROMPT, **params):
+def complete(client, prompt: Any = PROMPT, **params):
     params = {"max_tokens": 24, "temperature": 0} | params
     return client.completions.create(model="demo", prompt=prompt, **params)
 
@@ -94,7 +95,7 @@ def test_stop(client, llm):
 
 def test_n_and_seed(client, llm):
     """Samples are those of the LLM, in any order of arrival."""
-    params = {"n": 3, "seed": 11, "temperature": 1.0, "max_tokens": 8}
+    params: dict = {"n": 3, "seed": 11, "temperature": 1.0, "max_tokens": 8}
     texts = [o.text for o in llm.generate(PROMPT, SamplingParams(**params))]
     assert len(set(texts)) > 1
     answer = complete(client, **params)
@@ -105,7 +106,7 @@ def test_n_and_seed(client, llm):
     for chunk in converse(client, **params, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert streamed == texts
-    negative = params | {"seed": -5, "n": 1}
+    negative: dict = params | {"seed": -5, "n": 1}
     (output,) = llm.generate(PROMPT, SamplingParams(**(negative | {"seed": 2**64 - 5})))
     assert complete(client, **negative).choices[0].text == output.text
 
@@ -162,10 +163,33 @@ def test_logprobs_of_chats(client, llm):
     assert streamed == content
 
 
+def test_every_field_reaches_the_engine(client):
+    """Under its own name, with the temperature and max_tokens of OpenAI's API."""
+    job = pytest.importorskip("qserve_jax.server.job")
+    fields: dict = {
+        **{"n": 2, "max_tokens": 5, "temperature": 0.5, "top_p": 0.9, "seed": 3, "top_k": 4},
+        **{"presence_penalty": 0.1, "frequency_penalty": 0.2, "repetition_penalty": 1.5},
+        **{"min_p": 0.1, "stop_token_ids": [7], "ignore_eos": True, "skip_special_tokens": False},
+        **{"include_stop_str_in_output": True, "logit_bias": {"5": -1.5}, "stop": ["a"]},
+    }
+    with_integers: dict = fields | {"logit_bias": {5: -1.5}}
+    expected = SamplingParams(**with_integers)
+    given = fields | {"logprobs": 2}
+    completion = job.completion_job({"prompt": "a"} | given)
+    assert completion.params == dataclasses.replace(expected, logprobs=2)
+    chat = {"messages": [{"role": "user", "content": "a"}], **fields, "user": "me"}
+    assert job.chat_job(chat | {"logprobs": True, "top_logprobs": 3}).params == (
+        dataclasses.replace(expected, logprobs=3)
+    )
+    bare = job.completion_job({"prompt": "a"})
+    assert (bare.params.temperature, bare.max_tokens) == (1.0, 16)
+    assert job.chat_job({"messages": chat["messages"]}).max_tokens is None
+
+
+@pytest.mark.slow
 def test_bias_and_penalties(client, llm):
-    """Each field reaches the engine, under its own name."""
     first = expected(llm).token_ids[0]
-    params = {"presence_penalty": 1.5, "frequency_penalty": 1.0, "temperature": 0.01}
+    params: dict = {"presence_penalty": 1.5, "frequency_penalty": 1.0, "temperature": 0.01}
     extra = {"repetition_penalty": 1.8, "top_k": 1, "min_p": 0.5, "top_p": 0.5, "max_tokens": 12}
     output = expected(llm, **params, **extra, logit_bias={first: -100})
     answer = complete(

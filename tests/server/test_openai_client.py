@@ -95,7 +95,7 @@ def test_stop(client, llm):
 
 def test_n_and_seed(client, llm):
     """Samples are those of the LLM, in any order of arrival."""
-    params: dict = {"n": 3, "seed": 11, "temperature": 1.0, "max_tokens": 8}
+    params: dict[str, Any] = {"n": 3, "seed": 11, "temperature": 1.0, "max_tokens": 8}
     texts = [o.text for o in llm.generate(PROMPT, SamplingParams(**params))]
     assert len(set(texts)) > 1
     answer = complete(client, **params)
@@ -106,8 +106,9 @@ def test_n_and_seed(client, llm):
     for chunk in converse(client, **params, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert streamed == texts
-    negative: dict = params | {"seed": -5, "n": 1}
-    (output,) = llm.generate(PROMPT, SamplingParams(**(negative | {"seed": 2**64 - 5})))
+    negative: dict[str, Any] = params | {"seed": -5, "n": 1}
+    same = SamplingParams(seed=2**64 - 5, temperature=1.0, max_tokens=8)
+    (output,) = llm.generate(PROMPT, same)
     assert complete(client, **negative).choices[0].text == output.text
 
 
@@ -166,13 +167,13 @@ def test_logprobs_of_chats(client, llm):
 def test_every_field_reaches_the_engine(client):
     """Under its own name, with the temperature and max_tokens of OpenAI's API."""
     job = pytest.importorskip("qserve_jax.server.job")
-    fields: dict = {
+    fields: dict[str, Any] = {
         **{"n": 2, "max_tokens": 5, "temperature": 0.5, "top_p": 0.9, "seed": 3, "top_k": 4},
         **{"presence_penalty": 0.1, "frequency_penalty": 0.2, "repetition_penalty": 1.5},
         **{"min_p": 0.1, "stop_token_ids": [7], "ignore_eos": True, "skip_special_tokens": False},
         **{"include_stop_str_in_output": True, "logit_bias": {"5": -1.5}, "stop": ["a"]},
     }
-    with_integers: dict = fields | {"logit_bias": {5: -1.5}}
+    with_integers: dict[str, Any] = fields | {"logit_bias": {5: -1.5}}
     expected = SamplingParams(**with_integers)
     given = fields | {"logprobs": 2}
     completion = job.completion_job({"prompt": "a"} | given)
@@ -189,7 +190,11 @@ def test_every_field_reaches_the_engine(client):
 @pytest.mark.slow
 def test_bias_and_penalties(client, llm):
     first = expected(llm).token_ids[0]
-    params: dict = {"presence_penalty": 1.5, "frequency_penalty": 1.0, "temperature": 0.01}
+    params: dict[str, Any] = {
+        "presence_penalty": 1.5,
+        "frequency_penalty": 1.0,
+        "temperature": 0.01,
+    }
     extra = {"repetition_penalty": 1.8, "top_k": 1, "min_p": 0.5, "top_p": 0.5, "max_tokens": 12}
     output = expected(llm, **params, **extra, logit_bias={first: -100})
     answer = complete(

@@ -226,6 +226,35 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     # fmt: on
 
 
+def add_chat_template(parser: argparse.ArgumentParser) -> None:
+    """The flag that `use_chat_template` reads."""
+    parser.add_argument(
+        "--chat-template",
+        type=text_file,
+        metavar="FILE",
+        help="Jinja template of chats (default: the tokenizer's own)",
+    )
+
+
+def text_file(path: str) -> str:
+    """An argparse type: the text of a file."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise argparse.ArgumentTypeError(f"{path!r} cannot be read ({reason})") from None
+
+
+def use_chat_template(args: argparse.Namespace, loaded: LoadedModel) -> None:
+    """Give the tokenizer the template of --chat-template. Raises ValueError where it has none to
+    give it to."""
+    if args.chat_template is None:
+        return
+    if loaded.tokenizer is None:
+        raise ValueError(f"--chat-template is for a tokenizer, and {args.model} has none")
+    loaded.tokenizer.chat_template = args.chat_template
+
+
 def check_model_arguments(args: argparse.Namespace) -> None:
     """Raises UsageError for what argparse cannot see."""
     if args.tensor_parallel_size != 1:

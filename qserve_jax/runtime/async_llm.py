@@ -69,7 +69,12 @@ class AsyncLLM:
         try:
             await asyncio.to_thread(self._thread.join)
         finally:  # also when the task is cancelled: nobody else would tell them
-            self._fail(RuntimeError("the AsyncLLM was closed: make another one"))
+            self.fail(RuntimeError("the AsyncLLM was closed: make another one"))
+
+    def fail(self, error: BaseException) -> None:
+        """End all requests that are open: each caller gets the error. Later ones are served."""
+        for loop, events in set(self._open.values()):
+            tell(loop, events, error)
 
     async def __aenter__(self) -> AsyncLLM:
         return self
@@ -116,11 +121,7 @@ class AsyncLLM:
             try:
                 engine.run_until(lambda: self._closed or engine.idle)
             except Exception as error:  # of a device call: it belongs to all who wait for one
-                self._fail(error)
-
-    def _fail(self, error: BaseException) -> None:
-        for loop, events in set(self._open.values()):
-            tell(loop, events, error)
+                self.fail(error)
 
 
 def tell(

@@ -108,6 +108,7 @@ class Engine:
         self._arrivals: deque[Sequence] = deque()
         self._cancelled: deque[Sequence] = deque()
         self._calls: deque[Call] = deque()
+        self._asking = threading.Lock()  # for the status, which any thread may
         self._recent: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
         self._last_done = self._logged = 0.0
         self._cache: KVCache | None = None
@@ -370,16 +371,26 @@ class Engine:
         if sequence.done:
             self.scheduler.drop(sequence)
         if sequence.listener is not None and (sequence.streams or sequence.done):
-            reason = sequence.finish_reason
-            sequence.listener(StreamOutput(sequence.index, sequence.sample, text, new, reason))
+            wants = sequence.params.logprobs is not None
+            sequence.listener(
+                StreamOutput(
+                    index=sequence.index,
+                    sample=sequence.sample,
+                    text=text,
+                    token_ids=new,
+                    finish_reason=sequence.finish_reason,
+                    logprobs=sequence.logprobs[first:] if wants else None,
+                )
+            )
 
     def status(self) -> EngineStatus:
         """What the engine is doing."""
         now, made = time.monotonic(), self.stats.generated_tokens
-        self._recent.append((now, made))
-        while len(self._recent) > 2 and self._recent[1][0] < now - STATUS_SECONDS:
-            self._recent.popleft()
-        since, before = self._recent[0]
+        with self._asking:
+            self._recent.append((now, made))
+            while len(self._recent) > 2 and self._recent[1][0] < now - STATUS_SECONDS:
+                self._recent.popleft()
+            since, before = self._recent[0]
         prompt = self.stats.prompt_tokens + self.scheduler.shared_tokens
         return EngineStatus(
             queue=len(self._arrivals) + len(self.scheduler.waiting),

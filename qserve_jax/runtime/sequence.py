@@ -41,13 +41,17 @@ class RequestOutput:
 
 @dataclasses.dataclass(frozen=True)
 class StreamOutput:
-    """New text and tokens of one sample; finish_reason is None until its last."""
+    """New text and tokens of one sample; finish_reason is None until its last.
+
+    logprobs: of the new tokens, where asked for.
+    """
 
     index: int
     sample: int
     text: str
     token_ids: list[int]
     finish_reason: str | None
+    logprobs: list[TokenLogprobs] | None = None
 
 
 @dataclasses.dataclass(eq=False)

@@ -1,0 +1,170 @@
+"""The command `python -m qserve_jax.serve`: flags, signals, a kill and a restart."""
+
+import contextlib
+import http.client
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from qserve_jax.serve import API_KEY_VARIABLE, main
+
+openai = pytest.importorskip("openai", reason="needs the extra dev")
+
+KEY = "sk-never-to-be-seen"
+FLAGS = ("--max-model-len", "256", "--max-num-seqs", "1", "--num-pages", "4")
+FLAGS += ("--precision", "w16a16kv16", "--dtype", "float32")  # which compiles fastest
+
+
+@contextlib.contextmanager
+def server(*flags, port=0):
+    """A process that serves the demo model, its port, and what it had said when it was ready."""
+    argv = [sys.executable, "-m", "qserve_jax.serve", "--port", str(port), *FLAGS, *flags]
+    env = os.environ | {API_KEY_VARIABLE: KEY, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    process = subprocess.Popen(
+        argv, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+    )
+    assert process.stderr is not None
+    said = ""
+    try:
+        while " (Ctrl-C stops)" not in said:
+            line = process.stderr.readline()
+            assert line, f"it ended: {said}"
+            said += line
+        found = re.search(r"on http://127\.0\.0\.1:(\d+)/v1", said)
+        assert found
+        yield process, int(found[1]), said
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def client_of(port, key=KEY):
+    url = f"http://127.0.0.1:{port}/v1"
+    return openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=120)
+
+
+def stream(client, **fields):
+    fields = {
+        "max_tokens": 250,
+        "temperature": 1,
+        "n": 4,
+        "extra_body": {"ignore_eos": True},
+    } | fields
+    return client.completions.create(model="demo", prompt="Once", stream=True, **fields)
+
+
+def get(port, path):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read()
+
+
+def test_killed_in_a_stream_and_started_again():
+    """Who reads gets an error at once; the next server has the same port, finishes what runs when
+    told to end, and tells who comes late."""
+    with server() as (process, port, _), client_of(port) as client:
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            assert connection.getpeername()[0] == "127.0.0.1"
+        chunks = stream(client)
+        next(chunks)
+        process.send_signal(signal.SIGKILL)
+        started = time.monotonic()
+        with pytest.raises((openai.APIError, OSError, *protocol_errors())):
+            list(chunks)
+        assert time.monotonic() - started < 10
+        with pytest.raises(openai.APIConnectionError):
+            client.models.list()
+    with server(port=port) as (process, port_again, said), client_of(port) as client:
+        assert port_again == port
+        assert get(port, "/health") == (200, b'{"status":"ok"}')
+        with client_of(port, "wrong" + KEY) as stranger, pytest.raises(openai.AuthenticationError):
+            stranger.models.list()
+        chunks = stream(client)  # four, one after the other
+        texts = {0: next(chunks).choices[0].text, 1: "", 2: "", 3: ""}
+        process.send_signal(signal.SIGTERM)
+        while get(port, "/health")[0] == 200:
+            time.sleep(0.01)
+        with pytest.raises(openai.InternalServerError, match="shutting down") as refused:
+            client.completions.create(model="demo", prompt="Once")
+        assert refused.value.status_code == 503
+        reasons = []
+        for chunk in chunks:
+            (choice,) = chunk.choices
+            texts[choice.index] += choice.text
+            reasons += [choice.finish_reason] if choice.finish_reason else []
+        assert reasons == ["length"] * 4 and min(map(len, texts.values())) > 300
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0
+    assert out == "" and KEY not in said + err and "Traceback" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_time_that_runs_out(number, code):
+    with server("--grace", "0.2", "--debug") as (process, port, said), client_of(port) as client:
+        chunks = stream(client, n=20)
+        next(chunks)
+        process.send_signal(number)
+        with pytest.raises(openai.APIError, match=r"cut: the server stops, 0\.2 s are over"):
+            list(chunks)
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == code
+    assert KEY not in said + err  # nor with --debug
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_it_at_once():
+    with server() as (process, port, _), client_of(port) as client:
+        chunks = stream(client, n=20)
+        next(chunks)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+        assert process.wait(5) == 130
+
+
+def protocol_errors():
+    """What the client's HTTP library raises where a stream breaks off, whichever it uses."""
+    bases = [module for name in ("httpx", "httpx2") if (module := sys.modules.get(name))]
+    return tuple(module.HTTPError for module in bases)
+
+
+def test_ports_and_flags_that_cannot_be_used(capsys, monkeypatch):
+    """Before anything is loaded; an API key is in no message."""
+    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
+
+    def error_of(*argv):
+        assert main(argv) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("qserve_jax.serve: error: ") and err.count("\n") == 1
+        return err
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"--port {port} cannot be listened on" in error_of("--port", port)
+    assert "cannot be listened on" in error_of("--host", "no.such.host.invalid")
+    assert "0..65535" in error_of("--port", "65536")
+    assert "--grace" in error_of("--grace", "-1")
+    assert "--grace" in error_of("--grace", "nan")
+    assert "--max-body-bytes" in error_of("--max-body-bytes", "0")
+    assert "cannot be read (No such file" in error_of("--chat-template", "/no/such/file")
+    for key in ("", "a key", "schlüssel", "sk-\n"):
+        message = error_of("--api-key", key)
+        assert "--api-key is empty or has spaces" in message and (not key or key not in message)
+    monkeypatch.setenv(API_KEY_VARIABLE, f"{KEY} {KEY}")
+    assert API_KEY_VARIABLE in (message := error_of()) and KEY not in message
+
+
+def test_the_extra_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "qserve_jax.server.process", raising=False)
+    assert main([]) == 2
+    assert "pip install 'qserve_jax[serve]'" in capsys.readouterr().err

@@ -73,22 +73,27 @@ def checked_mesh(mesh: Mesh | None) -> Mesh | None:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,))
 
 
-def _unit(size: int) -> int:
-    """What F is dealt in: groups of 128 and blocks of the kernels, or pairs of 4-bit codes."""
-    return 128 if size % 128 == 0 else 2
-
-
 def _up(size: int, unit: int) -> int:
     return math.ceil(size / unit) * unit
 
 
+def _even_ffn(f: int, ranks: int) -> int:
+    """F with channels of zeros: whole groups of 128 for each rank, or pairs of 4-bit codes.
+
+    An F without groups gets none: its kernels are quantised per channel.
+    """
+    if f % 128 == 0:
+        return _up(f, 128 * ranks)
+    even = _up(f, 2 * ranks)
+    return even if even % 128 else even + 2 * ranks
+
+
 def even_config(config: ModelConfig, ranks: int) -> ModelConfig:
     """The config of the same function whose KV heads, F and vocabulary `ranks` divide."""
-    f = config.intermediate_size
     return dataclasses.replace(
         config,
         num_kv_heads=max(config.num_kv_heads, ranks),
-        intermediate_size=_up(f, ranks * _unit(f)),
+        intermediate_size=_even_ffn(config.intermediate_size, ranks),
         vocab_size=_up(config.vocab_size, ranks),
     )
 
@@ -153,8 +158,8 @@ def checkpoint_part(
     if owner in OUT or (owner in IN and name == "kernel"):
         axis = int(owner in IN)
         size = shape[axis]
-        unit = _unit(size) if owner in FFN or owner == "down_proj" else 1
-        width = _up(size, ranks * unit) // ranks
+        ffn = owner in FFN or owner == "down_proj"
+        width = (_even_ffn(size, ranks) if ffn else _up(size, ranks)) // ranks
         return Part(axis, min(rank * width, size), min((rank + 1) * width, size))
     return None
 

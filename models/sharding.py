@@ -167,10 +167,11 @@ def checkpoint_part(
 def param_specs(params: Any, axis: str) -> Any:
     """The tree with a PartitionSpec for each array; canonical or prepared, whole or of shapes."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
-    return treedef.unflatten(_leaf_specs(path, leaf, axis) for path, leaf in leaves)
+    return treedef.unflatten(leaf_specs(path, leaf, axis) for path, leaf in leaves)
 
 
-def _leaf_specs(path: Any, leaf: Any, axis: str) -> Any:
+def leaf_specs(path: Any, leaf: Any, axis: str) -> Any:
+    """The PartitionSpecs of a leaf, an array or a container, at a key path of the tree."""
     owner, name = path[-2].key, path[-1].key
     if not is_quantized(leaf):
         return _spec(AXES.get(name), owner, leaf.ndim, axis)

@@ -6,6 +6,8 @@ on what one of them alone knows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -22,7 +24,7 @@ def agreed(value: int) -> int:
     return int(high) << 32 | int(low)
 
 
-def to_devices[T](tree: T, mesh: Mesh | None) -> T:
+def to_devices(tree: Any, mesh: Mesh | None) -> Any:
     """Arrays of the host, the same in every process, on the default device or all of the mesh."""
     if mesh is None:
         return jax.device_put(tree)

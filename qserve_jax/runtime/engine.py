@@ -146,7 +146,8 @@ class Engine:
             new = make_live(self.max_num_seqs, self.model.config.vocab_size if counted else None)
             if self._live is not None:  # who runs already has no penalties, nor needs counts
                 new = dataclasses.replace(self._live, counts=new.counts)
-            self._live = to_devices(new, self._mesh)
+            placed: Live = to_devices(new, self._mesh)
+            self._live = placed
         return self._cache, self._live
 
     # Who comes and goes, and whose turn it is.

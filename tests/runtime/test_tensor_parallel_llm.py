@@ -20,7 +20,7 @@ SETTINGS: dict[str, Any] = {
     "page_size": 16,
     "num_pages": 9,
     "max_num_seqs": 8,
-    "max_num_batched_tokens": 32,
+    "max_num_batched_tokens": 16,
     "seed": 0,
 }
 TOKENS = np.arange(40, 56)[None]
@@ -54,9 +54,7 @@ def test_a_float32_model_makes_the_tokens_of_one_device(exact, ranks):
     assert llm.stats.preemptions > 0 and llm.stats.shared_tokens > 0
     assert llm.pool.free_pages == 9 and llm.engine.idle
     for made, wanted in zip(outputs[4].logprobs, one[4].logprobs, strict=True):
-        assert made.keys() == wanted.keys()
-        a, b = ([x[key].logprob for key in wanted] for x in (made, wanted))
-        np.testing.assert_allclose(a, b, atol=1e-4)
+        assert abs(made.logprob - wanted.logprob) < 1e-4
 
 
 def test_the_cache_is_cut_by_heads_and_work_like_before_compiles_nothing(exact):

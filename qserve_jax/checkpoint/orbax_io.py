@@ -23,6 +23,9 @@ from qserve_jax.models.config import ModelConfig
 from qserve_jax.quantization.config import QuantConfig
 from qserve_jax.quantization.qtensor import QUANTIZED_WEIGHTS, Source, is_quantized
 
+CHUNK_BYTES = 2**20
+"""Arrays are stored in chunks of this size at most, so that a device that holds a part of one reads
+little else."""
 KINDS = {kind.__name__: kind for kind in QUANTIZED_WEIGHTS}
 
 
@@ -35,8 +38,10 @@ def save_orbax(path: str | os.PathLike[str], params: Mapping[str, Any]) -> None:
     leaves = flatten_dict(dict(params), sep="/")
     arrays = {key: _arrays(leaf) if is_quantized(leaf) else leaf for key, leaf in leaves.items()}
     static = {key: _static(leaf) for key, leaf in leaves.items() if is_quantized(leaf)}
+    tree = unflatten_dict(arrays, sep="/")
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
     args = ocp.args.Composite(
-        arrays=ocp.args.StandardSave(unflatten_dict(arrays, sep="/")),
+        arrays=ocp.args.StandardSave(tree, save_args=chunks),
         containers=ocp.args.JsonSave(static),
     )
     folder = Path(path).absolute()

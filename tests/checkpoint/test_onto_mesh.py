@@ -26,7 +26,7 @@ def odd(checkpoint):
     checkpoint.config |= {"intermediate_size": 384, "vocab_size": 31}
     rng = np.random.default_rng(5)
     for name, tensor in checkpoint.tensors.items():
-        shape = tuple({256: 384, 32: 31}.get(n, n) for n in tensor.shape)
+        shape = [{256: 384, 32: 31}.get(n) or n for n in tensor.shape]
         checkpoint.tensors[name] = rng.standard_normal(shape).astype(np.float32) * 0.1
     return checkpoint.write()
 
@@ -36,14 +36,15 @@ def logits(loaded) -> Any:
 
 
 # w4a16: no inputs are quantised, so that only the order of sums differs.
-OPTIONS = {"dtype": "float32", "precision": "w4a16kv4", "group_size": -1}
+FLOAT: dict[str, Any] = {"dtype": "float32", "precision": "w16a16kv16"}
+OPTIONS: dict[str, Any] = {"dtype": "float32", "precision": "w4a16kv4", "group_size": -1}
 
 
 @pytest.mark.parametrize("storage", ["float", "on load", "native", "orbax", "qserve"])
 def test_two_devices_compute_what_one_does(odd, tmp_path_factory, storage):
-    path, options = odd, dict(OPTIONS)
+    path, options = odd, OPTIONS
     if storage == "float":
-        options = {"dtype": "float32", "precision": "w16a16kv16"}
+        options = FLOAT
     one = load_model(path, **options)
     if storage in ("native", "orbax", "qserve"):
         path = tmp_path_factory.mktemp("saved") / "out"
@@ -76,12 +77,12 @@ def test_each_device_reads_the_bytes_it_holds(checkpoint, tmp_path, monkeypatch,
             for part in ("weight", "bias"):
                 name = f"{q}.{part}".replace("q_proj", f"{x}_proj")
                 checkpoint.tensors[name] = checkpoint.tensors[f"{q}.{part}"]
-    path, options = checkpoint.write(), {"dtype": "float32", "precision": "w16a16kv16"}
+    path, options = checkpoint.write(), FLOAT
     if storage == "native":
         one = load_model(path, **OPTIONS)
         path = tmp_path / "native"
         save_native(path, one.params, one.config, one.quant_config)
-        options = {"dtype": "float32"}
+        options = {"dtype": FLOAT["dtype"]}
     read = {device: 0 for device in jax.devices()[:2]}
 
     def counting(function):

@@ -93,19 +93,11 @@ print(json.dumps({"read": read_bytes() - before, "own": own, "whole": whole}))
 """
 
 
+@pytest.mark.slow  # two more processes, for what test_onto_mesh.py counts of safetensors
 def test_each_process_reads_its_part_of_an_orbax_checkpoint(tmp_path):
-    sizes: dict[str, Any] = {
-        "hidden_size": 512,
-        "intermediate_size": 8192,
-        "vocab_size": 4096,
-        "num_layers": 2,
-    }
-    heads: dict[str, Any] = {
-        "num_heads": 8,
-        "num_kv_heads": 4,
-        "head_dim": 64,
-        "max_position_embeddings": 64,
-    }
+    heads: dict[str, Any] = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 64}
+    sizes: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 8192, "num_layers": 2}
+    sizes |= {"vocab_size": 4096, "max_position_embeddings": 64}
     made = dummy_model(ModelConfig("llama", **sizes, **heads), QuantConfig(), dtype="float32")
     save_native_orbax(tmp_path / "out", made.params, made.config, made.quant_config)
     address = free_address()

@@ -40,7 +40,10 @@ FLOAT: dict[str, Any] = {"dtype": "float32", "precision": "w16a16kv16"}
 OPTIONS: dict[str, Any] = {"dtype": "float32", "precision": "w4a16kv4", "group_size": -1}
 
 
-@pytest.mark.parametrize("storage", ["float", "on load", "native", "orbax", "qserve"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("on load", "qserve")]
+
+
+@pytest.mark.parametrize("storage", ["float", "native", "orbax", *SLOW])
 def test_two_devices_compute_what_one_does(odd, tmp_path_factory, storage):
     path, options = odd, OPTIONS
     if storage == "float":

@@ -205,7 +205,7 @@ def test_meshes():
         checked_mesh(Mesh(devices.reshape(2, 2), ("a", "b")))
 
 
-@pytest.mark.parametrize("group_size", [128, -1])
+@pytest.mark.parametrize("group_size", [128, pytest.param(-1, marks=pytest.mark.slow)])
 def test_each_rank_fuses_and_packs_its_own_parts(wide, random_params, group_size):
     """What a rank holds in the kernels' layout is, unpacked, its q, k, v and gate, up."""
     params = quantize_params(random_params(wide), QuantConfig(group_size=group_size))

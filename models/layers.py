@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qserve_jax.models.collectives import sum_partial
 from qserve_jax.pallas_kernels import quantized_matmul
 from qserve_jax.pallas_kernels.quantize_activation import (
     quantize_activation,
@@ -90,6 +91,7 @@ def linear(
     dtype: jax.typing.DTypeLike,
     residual: Array | None = None,
     backend: str | None = None,
+    axis: str | None = None,
 ) -> Array:
     """x [..., K] @ kernel [K, N] (+ bias [N]) (+ residual [..., N]) -> dtype[..., N].
 
@@ -99,8 +101,13 @@ def linear(
     float x it is dequantised first (w4a16). A float kernel is this layer's own. A kernel that can
     be called computes the product itself, float[..., K] -> [..., N]: a pytree whose arrays are this
     layer's, the hook for experiments (qserve_jax/evaluation/yardsticks.py).
+    axis: of a mesh whose devices each hold a part of K: of x, quantised for itself, and the kernel.
+    Their products, scaled and in `dtype`, are summed before bias and residual are added.
     """
     kernel, bias = p["kernel"], p.get("bias")
+    if axis is not None:
+        own = {"layer": layer, "dtype": dtype, "backend": backend}
+        return sum_partial(linear(x, {"kernel": kernel}, **own), axis, bias, residual)
     if isinstance(x, Int8Activation):
         added = {"bias": bias, "residual": residual}
         return quantized_matmul(x, kernel, **added, layer=layer, out_dtype=dtype, backend=backend)

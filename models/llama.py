@@ -7,6 +7,7 @@ down, residual] -> norm -> head. The layer loop is one scan over stacked paramet
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from qserve_jax.models.collectives import gather, look_up, on_ranks
 from qserve_jax.models.config import ModelConfig
 from qserve_jax.models.layers import (
     Params,
@@ -60,12 +62,16 @@ class CausalLM(nn.Module):
 
     act_bits: 8 quantises the inputs of quantised kernels per token; 16 leaves them in float.
     backend: of the kernels; None takes the first that can run.
+    mesh: of the devices that share the model (tensor parallelism, sharding.py); None for one.
+    axis: of a mesh, where this is one device's part of a model, within `shard_map`.
     """
 
     config: ModelConfig
     act_bits: int = 8
     backend: str | None = None
     param_dtype: Any = jnp.float32
+    mesh: jax.sharding.Mesh | None = None
+    axis: str | None = None
 
     @nn.compact
     def __call__(
@@ -85,10 +91,18 @@ class CausalLM(nn.Module):
         }
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        attention = full_attention(self.config, positions, kv_bits)
-        lengths = positions.max(axis=1) + 1
-        x, _ = hidden_states(self, params, tokens, positions, lengths, attention, None)
-        return lm_logits(self.config, params, x)
+        whole = functools.partial(_whole_sequence, kv_bits=kv_bits)
+        return on_ranks(self, whole, params, None, tokens, positions)[1]
+
+
+def _whole_sequence(
+    model: CausalLM, params: Params, state: None, tokens: Array, positions: Array, *, kv_bits: int
+) -> tuple[None, Array]:
+    """`CausalLM.__call__` on one device, or on its part of a model."""
+    attention = full_attention(model.config, positions, kv_bits)
+    lengths = positions.max(axis=1) + 1
+    x, _ = hidden_states(model, params, tokens, positions, lengths, attention, state)
+    return None, lm_logits(model.config, params, x, model.axis)
 
 
 def param_shapes(config: ModelConfig) -> dict[str, Any]:
@@ -177,7 +191,7 @@ def hidden_states(
         x, state = decoder_layer(model, p, x, layer, turn, attention, state)
         return (x, state), None
 
-    x = params["embed"]["embedding"][tokens]
+    x = look_up(params["embed"]["embedding"], tokens, model.axis)
     layers = jnp.arange(config.num_layers)
     (x, state), _ = jax.lax.scan(body, (x, state), (layers, scanned), unroll=unroll)
     return rms_norm(x, params["final_norm"]["scale"], config.rms_norm_eps), state
@@ -211,7 +225,7 @@ def decoder_layer(model, p, x, layer, turn: Turn, attention: Attention, state, t
         tap("o_proj", lambda: heads)
         o = p["o_proj"]
         y = quantize_input(heads, act_bits, o["kernel"], backend=backend)
-        x = linear(y, o, residual=x, **options)
+        x = linear(y, o, residual=x, axis=model.axis, **options)
     with jax.named_scope("mlp"):
         norm = x, p["mlp_norm"]["scale"], config.rms_norm_eps
         names = ("gate_proj", "up_proj")
@@ -220,10 +234,10 @@ def decoder_layer(model, p, x, layer, turn: Turn, attention: Attention, state, t
         down = p["down_proj"]
         tap("down_proj", lambda: silu_mul(*split_gate_up(both)))
         y = silu_mul_input(both, act_bits, down["kernel"], backend=backend)
-        return linear(y, down, residual=x, **options), state
+        return linear(y, down, residual=x, axis=model.axis, **options), state
 
 
-def lm_logits(config: ModelConfig, params: Params, x: Array) -> Array:
+def lm_logits(config: ModelConfig, params: Params, x: Array, axis: str | None = None) -> Array:
     """x [..., D] -> logits f32[..., V] by the head, or by the embedding where they are tied.
 
     A head in 8 bits (`runtime.int8_head`) is an integer matmul, with x quantised per token.
@@ -231,10 +245,12 @@ def lm_logits(config: ModelConfig, params: Params, x: Array) -> Array:
     head = params["embed" if config.tie_embeddings else "lm_head"]["embedding"]
     if is_quantized(head):  # W8PerChannel: XLA's int8 dot on every backend
         x_int8 = quantize_activation(x)
-        return quantized_matmul(x_int8, head, out_dtype=jnp.float32, backend="reference")
-    return jnp.einsum(
-        "...D,VD->...V", x, head, precision="highest", preferred_element_type=jnp.float32
-    )
+        logits = quantized_matmul(x_int8, head, out_dtype=jnp.float32, backend="reference")
+    else:
+        logits = jnp.einsum(
+            "...D,VD->...V", x, head, precision="highest", preferred_element_type=jnp.float32
+        )
+    return gather(logits, axis)
 
 
 def full_attention(config: ModelConfig, positions: Array, kv_bits: int) -> Attention:
@@ -356,21 +372,43 @@ def prefill(
     """
     lens = {"context_lens": context_lens, "query_lens": query_lens, "rope_lens": rope_lens}
     check_inputs(tokens, "[B, T]", block_table, lens)
+    query_lens = jnp.minimum(context_lens, tokens.shape[1]) if query_lens is None else query_lens
+    rope_lens = context_lens if rope_lens is None else rope_lens
+    body = functools.partial(
+        _prefill, attends=attends, cached_pages=cached_pages, all_logits=all_logits
+    )
+    arrays = tokens, block_table, context_lens, query_lens, rope_lens
+    return on_ranks(model, body, params, cache, *arrays)
+
+
+def _prefill(
+    model: CausalLM,
+    params: Params,
+    cache: KVCache,
+    tokens: Array,
+    block_table: Array,
+    context_lens: Array,
+    query_lens: Array,
+    rope_lens: Array,
+    *,
+    attends: str,
+    cached_pages: int | None,
+    all_logits: bool,
+) -> tuple[KVCache, Array]:
+    """`prefill` on one device, or on its part of a model."""
     b, t = tokens.shape
-    query_lens = jnp.minimum(context_lens, t) if query_lens is None else query_lens
     offsets = jnp.broadcast_to(jnp.arange(t), (b, t))
     positions = (context_lens - query_lens)[:, None] + offsets
     slots = slot_mapping(block_table, positions, offsets < query_lens[:, None], cache.page_size)
     attention = cached_attention(
         model, block_table, context_lens, query_lens, slots, cached_pages, attends
     )
-    rope_lens = context_lens if rope_lens is None else rope_lens
     unroll = 1 if usable(model.backend) == ("reference",) else LAYERS_AT_ONCE
     x, cache = hidden_states(model, params, tokens, positions, rope_lens, attention, cache, unroll)
     if not all_logits:
         last = jnp.clip(query_lens - 1, 0, t - 1)
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-    return cache, lm_logits(model.config, params, x)
+    return cache, lm_logits(model.config, params, x, model.axis)
 
 
 def decode_step(

@@ -19,9 +19,11 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from qserve_jax.checkpoint import LoadedModel
     from qserve_jax.runtime import LLM
 
@@ -216,8 +218,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prefix-caching", action=argparse.BooleanOptionalAction,
         help="prompts that begin alike share pages (default: where that changes no token: with "
         "--attends quantized or a 16-bit cache)")
-    add("--tensor-parallel-size", type=positive, metavar="N", default=1,
-        help="devices to spread the model over; only 1 in this version")
+    add_device_arguments(group)
     add("--seed", type=whole_number(0, 2**63 - 1), metavar="N", default=0,
         help="of the random numbers (default: %(default)s)")
     group = parser.add_argument_group("messages")
@@ -255,13 +256,81 @@ def use_chat_template(args: argparse.Namespace, loaded: LoadedModel) -> None:
     loaded.tokenizer.chat_template = args.chat_template
 
 
+def add_device_arguments(group: argparse._ArgumentGroup) -> None:
+    """The flags that `start_devices` reads."""
+    add = group.add_argument
+    # fmt: off
+    add("--tensor-parallel-size", type=whole_number(1), metavar="N", default=1,
+        help="devices that share the model (default: %(default)s)")
+    add("--coordinator-address", metavar="HOST:PORT",
+        help="of several processes that share the model, where the first one listens; auto where "
+        "the cluster tells JAX (default: $JAX_COORDINATOR_ADDRESS, or one process)")
+    add("--num-processes", type=whole_number(1), metavar="N",
+        help="that run this command with the same flags (default: $JAX_NUM_PROCESSES)")
+    add("--process-id", type=whole_number(0), metavar="I",
+        help="of this process, from 0; the first prints (default: $JAX_PROCESS_ID)")
+    # fmt: on
+
+
 def check_model_arguments(args: argparse.Namespace) -> None:
     """Raises UsageError for what argparse cannot see."""
-    if args.tensor_parallel_size != 1:
+    process_settings(args)
+
+
+PROCESS_VARIABLES = {
+    "coordinator_address": "JAX_COORDINATOR_ADDRESS",
+    "num_processes": "JAX_NUM_PROCESSES",
+    "process_id": "JAX_PROCESS_ID",
+}
+
+
+def process_settings(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What `jax.distributed.initialize` needs, by flags or environment; None for one process.
+
+    Raises UsageError where a part is missing or wrong.
+    """
+    found = {name: getattr(args, name) for name in PROCESS_VARIABLES}
+    for name, variable in PROCESS_VARIABLES.items():
+        found[name] = os.environ.get(variable) if found[name] is None else found[name]
+    flags = {name: "--" + name.replace("_", "-") for name in found}
+    missing = [name for name, value in found.items() if value is None]
+    if found["coordinator_address"] == "auto" or len(missing) == len(found):
+        return {} if missing != list(found) else None
+    if missing:
         raise UsageError(
-            f"--tensor-parallel-size {args.tensor_parallel_size}: this version runs on one device, "
-            "use 1"
+            f"{flags[missing[0]]} is missing: several processes need {', '.join(flags.values())}"
         )
+    for name in ("num_processes", "process_id"):
+        if not str(found[name]).isdecimal():
+            raise UsageError(f"{PROCESS_VARIABLES[name]}={found[name]!r} is no integer: correct it")
+        found[name] = int(found[name])
+    if found["process_id"] >= found["num_processes"]:
+        raise UsageError(
+            f"--process-id {found['process_id']} is not below --num-processes "
+            f"{found['num_processes']}: processes count from 0"
+        )
+    return found
+
+
+def start_devices(args: argparse.Namespace) -> Mesh | None:
+    """The mesh that the flags ask for, None for one device. Before JAX's first use of a device.
+
+    Joins the other processes, of which the first alone speaks: stdout and notes of the others go
+    nowhere. Raises UsageError where there are no such devices.
+    """
+    import jax
+
+    from qserve_jax.models.sharding import tensor_mesh
+
+    settings = process_settings(args)
+    if settings is not None and not jax.distributed.is_initialized():
+        jax.distributed.initialize(**settings)
+        if jax.process_index() > 0:
+            args.quiet, sys.stdout = True, open(os.devnull, "w", encoding="utf-8")
+    try:
+        return tensor_mesh(args.tensor_parallel_size)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def load(args: argparse.Namespace) -> tuple[LoadedModel, float]:
@@ -275,6 +344,7 @@ def load(args: argparse.Namespace) -> tuple[LoadedModel, float]:
     from qserve_jax.checkpoint import load_model
     from qserve_jax.runtime.compile_time import clock
 
+    mesh = start_devices(args)
     _check_backend(args.backend)
     enable_compilation_cache()
     start = clock()
@@ -285,6 +355,7 @@ def load(args: argparse.Namespace) -> tuple[LoadedModel, float]:
         dtype=args.dtype,
         backend=None if args.backend == "auto" else args.backend,
         progress=not args.quiet and sys.stderr.isatty(),
+        mesh=mesh,
     )
     return loaded, clock() - start
 
@@ -298,12 +369,11 @@ def make_llm(
     larger than of use; a context that is asked for and too long is left for LLM to refuse. longest
     is rounded up, because programs are compiled for the shape of the cache. Consumes `loaded`.
     """
-    from qserve_jax.pallas_kernels import prepare_for_backend
+    from qserve_jax.models.collectives import prepare_model
     from qserve_jax.runtime import LLM
 
     backend = None if args.backend == "auto" else args.backend
-    act_bits = loaded.model.act_bits
-    prepare_for_backend(loaded.params, backend, act_bits=act_bits, in_place=True)  # frees the parts
+    prepare_model(loaded.model, loaded.params, in_place=True)  # frees the parts
     context = loaded.config.context_length
     limit = args.max_model_len or context
     longest = 1 << (longest - 1).bit_length()

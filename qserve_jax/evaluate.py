@@ -107,6 +107,7 @@ def build_parser() -> _cli.Parser:
         help="of the kernels; auto takes the fastest that can run (default: %(default)s)")
     add("--batch-size", type=positive, metavar="N", default=1,
         help="windows measured together (default: %(default)s)")
+    _cli.add_device_arguments(parser.add_argument_group("devices"))
     add = parser.add_argument_group("output").add_argument
     add("--output", choices=("text", "json"), default="text", help="(default: text)")
     add("--save", type=Path, metavar="FILE", help="also write rows, device and versions as JSON")
@@ -119,6 +120,7 @@ def build_parser() -> _cli.Parser:
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises UsageError for what argparse cannot see; splits args.compare, and args.tasks into the
     file args.questions and names."""
+    _cli.check_model_arguments(args)
     if args.text is None and not args.tasks:
         raise UsageError("nothing to measure: give --text FILE, --tasks FILE or both")
     if args.stride is not None and args.stride > args.seq_len:
@@ -130,6 +132,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in args.compare:
         if name not in COMPARISONS:
             raise UsageError(f"--compare {name!r} is unknown: use {', '.join(COMPARISONS)}")
+    if "w4a4" in args.compare and args.tensor_parallel_size > 1:
+        raise UsageError("--compare w4a4 runs on one device: use --tensor-parallel-size 1")
     if args.reference is not None and not args.compare:
         raise UsageError("--reference is for --compare: name what to compare with, as float")
     if args.compare and args.reference is None and is_quantized_checkpoint(args.model):
@@ -196,6 +200,7 @@ def run(
     from qserve_jax.evaluation.candidates import measured
     from qserve_jax.evaluation.compare import make_row
 
+    args.mesh = _cli.start_devices(args)
     _cli.enable_compilation_cache()
     loaded = load(args, args.model, args.precision, args.group_size)
     if loaded.tokenizer is None:
@@ -233,6 +238,7 @@ def load(
         dtype=args.dtype,
         backend=None if args.backend == "auto" else args.backend,
         progress=shows_progress(args),
+        mesh=args.mesh,
         **{name: value for name, value in asked.items() if value is not None},
     )
 

@@ -54,7 +54,7 @@ def error_line(capsys, argv, code):
         ("--num-pages -3", ["--num-pages", "'-3'", "at least 1"]),
         ("--max-num-seqs 0", ["--max-num-seqs", "'0'", "at least 1"]),
         ("--seed -1", ["--seed", "'-1'", "0..9223372036854775807"]),
-        ("--tensor-parallel-size 2", ["--tensor-parallel-size 2", "one device", "use 1"]),
+        ("--tensor-parallel-size 64", ["--tensor-parallel-size 64", "4 cpu", "at most 4"]),
         ("--stream --output json", ["--stream", "json", "leave it out"]),
         ("--stream --prompt b", ["--stream", "2", "leave it out"]),
         ("--prompt - --prompt -", ["--prompt -", "once"]),

@@ -13,9 +13,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from qserve_jax.checkpoint import LoadedModel
 from qserve_jax.models import CausalLM, ModelConfig, param_shapes
+from qserve_jax.models.sharding import (
+    P,
+    axis_of,
+    check_ranks,
+    even_config,
+    leaf_specs,
+    shardings,
+)
 from qserve_jax.quantization import QuantConfig, quantize_params
 from qserve_jax.quantization.qtensor import W4PerGroup, W8PerChannel, is_quantized
 
@@ -24,12 +33,25 @@ CODE_STD = 4.6
 
 
 def dummy_model(
-    config: ModelConfig, quant_config: QuantConfig, *, dtype: Any = jnp.bfloat16, seed: int = 0
+    config: ModelConfig,
+    quant_config: QuantConfig,
+    *,
+    dtype: Any = jnp.bfloat16,
+    seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> LoadedModel:
     """A random model of these sizes, quantised as `quant_config` says, without a tokenizer.
 
-    dtype: of activations, embeddings, head and whatever is not quantised.
+    dtype: of activations, embeddings, head and whatever is not quantised. mesh: of the devices that
+    share the model, each of which makes its part.
+    Raises ValueError for heads that the devices cannot share.
     """
+    vocab_size = config.vocab_size
+    if mesh is not None:
+        check_ranks(
+            config, mesh.size, quant_config.group_size if quant_config.weight_bits == 4 else -1
+        )
+        config = even_config(config, mesh.size)
     floats = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, dtype),
         param_shapes(config),
@@ -38,10 +60,29 @@ def dummy_model(
     shapes = jax.eval_shape(functools.partial(quantize_params, config=quant_config), floats)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes, is_leaf=is_quantized)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    made = [_leaf(path, leaf, key) for (path, leaf), key in zip(leaves, keys, strict=True)]
+    make = _leaf if mesh is None else functools.partial(_on_ranks, mesh)
+    made = [make(path, leaf, key) for (path, leaf), key in zip(leaves, keys, strict=True)]
     params = treedef.unflatten(made)
-    model = CausalLM(config, act_bits=quant_config.act_bits)
+    config = dataclasses.replace(config, vocab_size=vocab_size)
+    model = CausalLM(config, act_bits=quant_config.act_bits, mesh=mesh)
     return LoadedModel(model, params, config, None, quant_config, Path("dummy"), "dummy")
+
+
+def _on_ranks(mesh: Mesh, path: Any, leaf: Any, key: jax.Array) -> Any:
+    """`_leaf` over a mesh; each rank draws its own."""
+    axis = axis_of(mesh)
+    specs = leaf_specs(path, leaf, axis)
+    own = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(place.shard_shape(x.shape), x.dtype),
+        leaf,
+        shardings(specs, mesh),
+    )
+
+    def make(key: jax.Array) -> Any:
+        return _leaf(path, own, jax.random.fold_in(key, jax.lax.axis_index(axis)))
+
+    made = jax.shard_map(make, mesh=mesh, in_specs=P(), out_specs=specs, check_vma=False)
+    return jax.block_until_ready(jax.jit(made)(key))
 
 
 def _leaf(path: Any, leaf: Any, key: jax.Array) -> Any:

@@ -20,7 +20,7 @@ import numpy as np
 from qserve_jax.benchmarks.serving_report import Row
 from qserve_jax.checkpoint import LoadedModel
 from qserve_jax.models import ModelConfig
-from qserve_jax.pallas_kernels import prepare_for_backend
+from qserve_jax.models.collectives import prepare_model
 from qserve_jax.quantization.qtensor import nbytes
 from qserve_jax.runtime import (
     LLM,
@@ -135,7 +135,7 @@ def make_decoding(loaded: LoadedModel, work: Workload) -> Decoding:
     """Nothing is compiled yet. A call makes DECODE_STEPS steps, or `output` where that is less."""
     backend, attends = work.settings.get("backend"), work.settings.get("attends", "full")
     model = loaded.model if backend is None else loaded.model.clone(backend=backend)
-    params = prepare_for_backend(loaded.params, backend, act_bits=model.act_bits)
+    params = prepare_model(model, loaded.params)
     page_size = work.settings.get("page_size", 64)
     each = -(-(work.input + work.output) // page_size)
     b = work.batch
@@ -145,6 +145,7 @@ def make_decoding(loaded: LoadedModel, work: Workload) -> Decoding:
         page_size=page_size,
         kv_bits=loaded.quant_config.kv_bits,
         dtype=params["embed"]["embedding"].dtype,
+        mesh=model.mesh,
     )
     sampling, features = make_sampling_state([work.params] * b, [0] * b, pad_to=b)
     state = DecodeState(
@@ -251,7 +252,7 @@ def latencies(times: list[Times]) -> Row:
 
 
 def workload_columns(work: Workload) -> Row:
-    return {"batch": work.batch, "input": work.input, "output": work.output, "gpus": 1}
+    return {"batch": work.batch, "input": work.input, "output": work.output}
 
 
 def memory(params: Any, cache_bytes: int, config: ModelConfig, kv_bits: int) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import sys
@@ -162,7 +163,8 @@ def cases(args: argparse.Namespace) -> Iterator[Row]:
     """Batches, and rates where there are any."""
     for batch in args.batch:
         for rate in args.rate if args.what == "latency" else [None]:
-            case = {"batch": batch, "input": args.input_len, "output": args.output_len, "gpus": 1}
+            case = {"batch": batch, "input": args.input_len, "output": args.output_len}
+            case["gpus"] = args.tensor_parallel_size
             yield case if rate is None else {**case, "rate": rate}
 
 
@@ -176,15 +178,16 @@ def load(args: argparse.Namespace, precision: str | None) -> LoadedModel:
         from qserve_jax.benchmarks.model_shapes import MODEL_CONFIGS
         from qserve_jax.quantization import QuantConfig
 
+        mesh = _cli.start_devices(args)
         sizes = MODEL_CONFIGS[args.model_shape]
         config = QuantConfig.preset(precision or "w4a8kv4", group_size=args.group_size or 128)
-        loaded = dummy_model(sizes, config, dtype=args.dtype, seed=args.seed)
-    from qserve_jax.pallas_kernels import prepare_for_backend
+        loaded = dummy_model(sizes, config, dtype=args.dtype, seed=args.seed, mesh=mesh)
+    from qserve_jax.models.collectives import prepare_model
     from qserve_jax.runtime.int8_head import with_int8_head
 
-    backend = None if args.backend == "auto" else args.backend
-    act_bits = loaded.model.act_bits
-    prepare_for_backend(loaded.params, backend, act_bits=act_bits, in_place=True)  # frees the parts
+    if args.backend != "auto":
+        loaded = dataclasses.replace(loaded, model=loaded.model.clone(backend=args.backend))
+    prepare_model(loaded.model, loaded.params, in_place=True)  # frees the parts
     return with_int8_head(loaded) if args.lm_head_bits == 8 else loaded
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from qserve_jax.checkpoint.check import check_tensors
 from qserve_jax.checkpoint.errors import CheckpointError
@@ -20,12 +21,15 @@ from qserve_jax.checkpoint.export import float_dtype
 from qserve_jax.checkpoint.formats import FLOAT, ORBAX, StoredFormat, find_format
 from qserve_jax.checkpoint.hf import read_config, tensor_specs, weight_files
 from qserve_jax.checkpoint.key_table import ignored, targets
+from qserve_jax.checkpoint.native import PARAMS
+from qserve_jax.checkpoint.onto_mesh import orbax_onto_mesh, read_onto_mesh
 from qserve_jax.checkpoint.packed import packed_targets, scheme_rules
 from qserve_jax.checkpoint.resolve import resolve
 from qserve_jax.checkpoint.stream import check_tied_head, read_params
 from qserve_jax.checkpoint.tokenizer import load_tokenizer
 from qserve_jax.models.config import ModelConfig
 from qserve_jax.models.llama import CausalLM, param_shapes
+from qserve_jax.models.sharding import check_ranks, checked_mesh, even_config
 from qserve_jax.pallas_kernels.backend import resolve as resolve_backend
 from qserve_jax.quantization.config import QuantConfig
 from qserve_jax.quantization.params import quantize_params
@@ -62,6 +66,7 @@ def load_model(
     backend: str | None = None,
     scale_dtype: str = "float32",
     s2_order: str | None = None,
+    mesh: Mesh | None = None,
 ) -> LoadedModel:
     """Load a checkpoint; matmul weights of a float one are quantised on the way (to nearest).
 
@@ -78,13 +83,18 @@ def load_model(
     progress: show a bar on stderr. backend: of the model's kernels, None takes the first that can.
     scale_dtype: as in `QuantConfig`, for weights that are quantised here.
     s2_order: of a published QServe checkpoint with groups, where it cannot be told.
+    mesh: of the devices that share the model, with one axis (models/sharding.py); None for one
+      device. Each device reads its part of the files, and a process for its own devices only;
+      inputs of o and down are read whole where they are quantised here, for their scales, and
+      kernels of QServe, GPTQ and AWQ. KV heads, F and vocabulary are made to divide.
 
     Codes and scales are those of `quantize_params` on the weights as they are in the files; they do
     not depend on `dtype`. Host memory beside the result: tens of MB, or for quantised files the
     largest tensor.
 
-    Raises ValueError for a bad argument, CheckpointError (a ValueError) for files that are missing,
-    corrupt or do not fit the config, and for a config that the models do not support.
+    Raises ValueError for a bad argument or heads that the devices cannot share, CheckpointError (a
+    ValueError) for files that are missing, corrupt or do not fit the config, and for a config that
+    the models do not support.
     """
     asked = _quant_config(precision, group_size, scale_dtype)
     dtype = dtype if isinstance(dtype, str) and dtype == "auto" else float_dtype(dtype)
@@ -93,31 +103,45 @@ def load_model(
     stored = find_format(folder, s2_order)
     config = read_config(folder, is_quantized=stored is not None)
     dtype = float_dtype(config.dtype if dtype == "auto" else dtype)
+    mesh = checked_mesh(mesh)
+    shapes_of = functools.partial(quantized_shapes, dtype=dtype)
     if stored is None:
         quant_config, packings = asked, {}
         specs, wanted = tensor_specs(weight_files(folder)), targets(config)
         check_tensors(folder, specs, wanted, ignored(config))
-        shapes = quantized_shapes(config, quant_config, dtype, strict)
+        shapes_of = functools.partial(shapes_of, quant_config=quant_config, strict=strict)
     else:
         config = dataclasses.replace(config, centered_keys=stored.centered_keys)
         quant_config = _agreed(folder, stored, asked, precision, group_size)
         rules, specs = scheme_rules(stored.schemes), stored.specs
-        shapes = quantized_shapes(config, quant_config, dtype, True, rules)
-        packings = stored.pack(config, flatten_dict(shapes, sep="/"))
+        shapes_of = functools.partial(
+            shapes_of, quant_config=quant_config, strict=True, rules=rules
+        )
+        packings = stored.pack(config, flatten_dict(shapes_of(config), sep="/"))
         if stored.name != ORBAX:
             check_tensors(folder, specs, packed_targets(config, packings), _ignored(config, stored))
+    if mesh is not None:
+        group_size = quant_config.group_size if quant_config.weight_bits == 4 else -1
+        check_ranks(config, mesh.size, group_size)
     tokenizer = load_tokenizer(folder)
     if config.tie_embeddings and specs:
         check_tied_head(specs)
-    if stored is not None and stored.name == ORBAX:
-        from qserve_jax.checkpoint.orbax_io import PARAMS, load_orbax  # takes a second to import
+    even = config if mesh is None else even_config(config, mesh.size)
+    shapes = shapes_of(even)
+    options = {"packings": packings, "scale_dtype": scale_dtype, "progress": progress}
+    if stored is not None and stored.name == ORBAX and mesh is not None:
+        params = orbax_onto_mesh(folder / PARAMS, shapes_of(config), shapes, mesh)
+    elif stored is not None and stored.name == ORBAX:
+        from qserve_jax.checkpoint.orbax_io import load_orbax  # takes a second to import
 
         params = load_orbax(folder / PARAMS, shapes)
+    elif mesh is not None:
+        params = read_onto_mesh(specs, config, shapes, mesh, **options)
     else:
         flat = flatten_dict(shapes, sep="/")
-        options = {"packings": packings, "scale_dtype": scale_dtype, "progress": progress}
         params = unflatten_dict(read_params(specs, targets(config), flat, **options), sep="/")
-    model = CausalLM(config, act_bits=quant_config.act_bits, backend=backend)
+    config = dataclasses.replace(even, vocab_size=config.vocab_size)
+    model = CausalLM(config, act_bits=quant_config.act_bits, backend=backend, mesh=mesh)
     name = FLOAT if stored is None else stored.name
     return LoadedModel(model, params, config, tokenizer, quant_config, folder, name)
 

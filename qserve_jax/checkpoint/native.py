@@ -40,6 +40,8 @@ from qserve_jax.quantization.qtensor import (
 
 METHOD, VERSION = "qserve_jax", 1
 ST_DTYPES = {"uint8": "U8", "int8": "I8", "float32": "F32"}
+PARAMS = "params"
+"""The folder of a checkpoint that Orbax writes."""
 BITS = ("weight_bits", "group_size", "act_bits", "kv_bits")
 
 
@@ -198,7 +200,9 @@ def read_centered_keys(hf: Mapping[str, Any]) -> bool:
 def native_packings(shapes: Mapping[str, Any]) -> dict[str, Packing]:
     """How each quantised projection lies in a file. shapes: path -> leaf of ShapeDtypeStructs."""
     return {
-        path: Packing(tuple(_field(leaf, name) for name in container_fields(leaf)), _as_they_are)
+        path: Packing(
+            tuple(_field(leaf, name) for name in container_fields(leaf)), _as_they_are, True
+        )
         for path, leaf in shapes.items()
         if is_quantized(leaf)
     }

@@ -19,14 +19,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qserve_jax.checkpoint.atomic import atomic_folder, copy_companions, write_json
 from qserve_jax.checkpoint.errors import CheckpointError, first_line
-from qserve_jax.checkpoint.native import checked_leaves, container_fields, native_config
+from qserve_jax.checkpoint.native import PARAMS, checked_leaves, container_fields, native_config
 from qserve_jax.models.config import ModelConfig
 from qserve_jax.quantization.config import QuantConfig
 from qserve_jax.quantization.qtensor import QUANTIZED_WEIGHTS, Source, is_quantized
 
+CHUNK_BYTES = 2**20
+"""Arrays are stored in chunks of this size at most, so that a device that holds a part of one reads
+little else."""
 KINDS = {kind.__name__: kind for kind in QUANTIZED_WEIGHTS}
-PARAMS = "params"
-"""The folder of a native checkpoint that Orbax writes."""
 
 
 def save_orbax(path: str | os.PathLike[str], params: Mapping[str, Any]) -> None:
@@ -38,8 +39,10 @@ def save_orbax(path: str | os.PathLike[str], params: Mapping[str, Any]) -> None:
     leaves = flatten_dict(dict(params), sep="/")
     arrays = {key: _arrays(leaf) if is_quantized(leaf) else leaf for key, leaf in leaves.items()}
     static = {key: _static(leaf) for key, leaf in leaves.items() if is_quantized(leaf)}
+    tree = unflatten_dict(arrays, sep="/")
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
     args = ocp.args.Composite(
-        arrays=ocp.args.StandardSave(unflatten_dict(arrays, sep="/")),
+        arrays=ocp.args.StandardSave(tree, save_args=chunks),
         containers=ocp.args.JsonSave(static),
     )
     folder = Path(path).absolute()
@@ -82,7 +85,9 @@ def abstract_orbax(path: str | os.PathLike[str]) -> dict[str, Any]:
     return unflatten_dict(tree | shapes, sep="/")
 
 
-def load_orbax(path: str | os.PathLike[str], like: Mapping[str, Any] | None = None) -> Any:
+def load_orbax(
+    path: str | os.PathLike[str], like: Mapping[str, Any] | None = None, *, pad: bool = False
+) -> Any:
     """The tree that `save_orbax` wrote.
 
     like: the tree of `abstract_orbax`, with a sharding in each ShapeDtypeStruct (and another float
@@ -90,6 +95,9 @@ def load_orbax(path: str | os.PathLike[str], like: Mapping[str, Any] | None = No
       device. To place every array in the same way:
 
         like = jax.tree.map(lambda x: x.update(sharding=sharding), abstract_orbax(path))
+
+    pad: fill arrays that are larger in `like` with zeros at the end of each axis; then nothing
+      checks the shapes.
 
     Raises CheckpointError as `abstract_orbax` does.
     """
@@ -100,7 +108,8 @@ def load_orbax(path: str | os.PathLike[str], like: Mapping[str, Any] | None = No
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or place), wanted
     )
-    args = ocp.args.Composite(arrays=ocp.args.StandardRestore(unflatten_dict(placed, sep="/")))
+    restore = ocp.args.StandardRestore(unflatten_dict(placed, sep="/"), strict=not pad)
+    args = ocp.args.Composite(arrays=restore)
     with _checkpointer() as checkpointer:
         found = checkpointer.restore(Path(path).absolute(), args=args).arrays
     arrays: Any = flatten_dict(found, sep="/")

@@ -37,10 +37,12 @@ class Packing:
 
     decode: the fields' numpy arrays, in order -> the arrays of the container of one layer, in the
       order of its pytree leaves. Raises ValueError where the container cannot hold them.
+    as_stored: they are these arrays, so that a part of one can be read without the rest.
     """
 
     fields: tuple[Field, ...]
     decode: Callable[..., Sequence[Any]]
+    as_stored: bool = False
 
 
 def packed_targets(config: ModelConfig, packings: Mapping[str, Packing]) -> dict[str, Target]:

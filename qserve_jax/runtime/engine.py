@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from qserve_jax.models.llama import CausalLM
+from qserve_jax.models.sharding import P, axis_of, cache_spec, shardings
 from qserve_jax.quantization.qtensor import KVCache, nbytes
 from qserve_jax.runtime.batch import (
     bucket_features,
@@ -33,6 +34,7 @@ from qserve_jax.runtime.batch import (
 )
 from qserve_jax.runtime.compile_time import clock
 from qserve_jax.runtime.decode import DecodeState
+from qserve_jax.runtime.distributed import to_devices
 from qserve_jax.runtime.engine_stats import EngineStats, EngineStatus
 from qserve_jax.runtime.kv_cache import init_cache
 from qserve_jax.runtime.page_table import PagePool
@@ -100,9 +102,13 @@ class Engine:
             salted=model.config.rope.rope_type == "dynamic",
         )
         static = ("model", "features", "attends", "max_steps")
-        donated = ("cache", "live")
-        self._prefill = jax.jit(prefill_slots, static_argnames=static[:3], donate_argnames=donated)
-        self._decode = jax.jit(decode_slots, static_argnames=static, donate_argnames=donated)
+        self._mesh = mesh = model.mesh
+        options: dict[str, Any] = {"donate_argnames": ("cache", "live")}
+        if mesh is not None:
+            places = cache_spec(axis_of(mesh)), P(), P()  # of cache, slots and what is made
+            options["out_shardings"] = shardings(places, mesh)
+        self._prefill = jax.jit(prefill_slots, static_argnames=static[:3], **options)
+        self._decode = jax.jit(decode_slots, static_argnames=static, **options)
         self._turn = threading.Condition()
         self._stepping = False
         self._arrivals: deque[Sequence] = deque()
@@ -134,13 +140,15 @@ class Engine:
                 page_size=self.pool.page_size,
                 kv_bits=self.kv_bits,
                 dtype=self.params["embed"]["embedding"].dtype,
+                mesh=self._mesh,
             )
         counted = self._features.penalties
         if self._live is None or (self._live.counts is None and counted):
             new = make_live(self.max_num_seqs, self.model.config.vocab_size if counted else None)
             if self._live is not None:  # who runs already has no penalties, nor needs counts
                 new = dataclasses.replace(self._live, counts=new.counts)
-            self._live = new
+            placed: Live = to_devices(new, self._mesh)
+            self._live = placed
         return self._cache, self._live
 
     # Who comes and goes, and whose turn it is.
@@ -245,8 +253,11 @@ class Engine:
         return bool(plan.chunks or plan.steps)
 
     def _most_steps(self) -> int:
-        """Decode steps of the next call: few where somebody listens."""
-        if not self._is_watched():
+        """Decode steps of the next call: few where somebody listens.
+
+        Of several processes all must call for as many, whatever time theirs took.
+        """
+        if not self._is_watched() or jax.process_count() > 1:
             return MAX_DECODE_STEPS
         at_once = 1 if self._step_seconds is None else int(STREAM_SECONDS / self._step_seconds)
         return min(max(at_once, 1), MAX_DECODE_STEPS)
@@ -304,11 +315,11 @@ class Engine:
         if self._decoding is not None and self._decoding[0] == batch:
             _, slots, state = self._decoding
             table = pad_rows([s.pages for s in batch], rows, self._columns, -1)
-            state = dataclasses.replace(state, block_table=jax.device_put(table))
+            state = dataclasses.replace(state, block_table=to_devices(table, self._mesh))
         else:
             slots = pad_column([s.slot for s in batch], rows, self.max_num_seqs)
             state = device_state(batch, rows=rows, columns=self._columns, lens=[0] * len(batch))
-            slots, state = jax.device_put((slots, state))
+            slots, state = to_devices((slots, state), self._mesh)
         self._decoding = batch, slots, state
         return slots, state
 

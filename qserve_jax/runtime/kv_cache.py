@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from qserve_jax.models.config import ModelConfig
+from qserve_jax.models.sharding import axis_of, cache_spec
 from qserve_jax.quantization.packing import code_words
 from qserve_jax.quantization.qtensor import KVCache, kv_bytes_per_token
 
@@ -19,8 +21,9 @@ def init_cache(
     page_size: int = 64,
     kv_bits: int = 4,
     dtype: Any = jnp.bfloat16,
+    mesh: Mesh | None = None,
 ) -> KVCache:
-    """A zeroed cache of all layers; see `KVCache` for the layout.
+    """A zeroed cache of all layers; see `KVCache` for the layout. On a mesh cut along KV heads.
 
     dtype is read for 16 bits only, where K and V are stored as they are (float32 models keep 32).
     Raises ValueError when head_dim is not a multiple of 8, or kv_bits not 4, 8 or 16.
@@ -31,10 +34,11 @@ def init_cache(
     if kv_bits not in (4, 8, 16):
         raise ValueError(f"kv_bits={kv_bits} is not supported: use 4, 8 or 16")
     lead = (config.num_layers, num_pages, config.num_kv_heads)
+    place = None if mesh is None else NamedSharding(mesh, cache_spec(axis_of(mesh)))
     if kv_bits == 16:
-        return KVCache(jnp.zeros((*lead, 2, page_size, h), dtype), 16, h)
+        return KVCache(jnp.zeros((*lead, 2, page_size, h), dtype, device=place), 16, h)
     words = page_size * (2 * code_words(h, kv_bits) + 2)
-    return KVCache(jnp.zeros((*lead, words), jnp.int32), kv_bits, h)
+    return KVCache(jnp.zeros((*lead, words), jnp.int32, device=place), kv_bits, h)
 
 
 def cache_bytes_per_token(config: ModelConfig, kv_bits: int, dtype: Any = jnp.bfloat16) -> int:

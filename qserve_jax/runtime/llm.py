@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from qserve_jax.checkpoint import LoadedModel, load_model
-from qserve_jax.pallas_kernels import prepare_for_backend
+from qserve_jax.models.collectives import prepare_model
+from qserve_jax.models.sharding import rank_config, tensor_mesh
 from qserve_jax.pallas_kernels.paged_attention import ATTENDS
 from qserve_jax.runtime.batch import MIN_PROMPT_BUCKET
 from qserve_jax.runtime.compile_time import clock
 from qserve_jax.runtime.detokenizer import IncrementalDetokenizer
+from qserve_jax.runtime.distributed import agreed
 from qserve_jax.runtime.engine import Engine
 from qserve_jax.runtime.engine_stats import EngineStats, EngineStatus
 from qserve_jax.runtime.int8_head import with_int8_head
@@ -48,6 +50,9 @@ class LLM:
       holds them, so that a token's arithmetic does not depend on how its prompt was chunked, shared
       or computed anew; or "full", unquantised, as QServe does (see `paged_attention`).
     lm_head_bits: 16, or 8 for a head in integers (`int8_head`).
+    tensor_parallel_size: devices that share the model; a LoadedModel has its own (`load_model`,
+      mesh). With several processes (`jax.distributed`) all of their devices, and every process
+      makes the same calls.
     backend: of the kernels; None takes the first that can run.
 
     Threads may share an LLM: their sequences run in one batch. Raises ValueError (one line) on bad
@@ -70,6 +75,7 @@ class LLM:
         seed: int | None = None,
         attends: str = "quantized",
         lm_head_bits: int = 16,
+        tensor_parallel_size: int | None = None,
         backend: str | None = None,
         progress: bool = False,
     ):
@@ -86,6 +92,8 @@ class LLM:
             raise ValueError(f"attends={attends!r} is unknown: use one of {ATTENDS}")
         if lm_head_bits not in (8, 16):
             raise ValueError(f"lm_head_bits={lm_head_bits!r} is not supported: use 8 or 16")
+        if tensor_parallel_size is not None:
+            tensor_parallel_size = checked_integer("tensor_parallel_size", tensor_parallel_size, 1)
         self.attends = attends
         loaded_here = not isinstance(model, LoadedModel)
         if not isinstance(model, LoadedModel):
@@ -96,31 +104,37 @@ class LLM:
                 dtype=dtype,
                 backend=backend,
                 progress=progress,
+                mesh=tensor_mesh(tensor_parallel_size or 1),
+            )
+        ranks = 1 if model.model.mesh is None else model.model.mesh.size
+        if tensor_parallel_size not in (None, ranks):
+            raise ValueError(
+                f"tensor_parallel_size={tensor_parallel_size} but the model was loaded onto {ranks}"
+                " device(s): load it with load_model(mesh=...)"
             )
         if lm_head_bits == 8:
             model = with_int8_head(model)
         self.config, self.tokenizer = model.config, model.tokenizer
         self.quant_config = model.quant_config
         self.model = model.model if backend is None else model.model.clone(backend=backend)
-        self.params = prepare_for_backend(
-            model.params, self.model.backend, act_bits=self.model.act_bits, in_place=loaded_here
-        )
+        self.params = prepare_model(self.model, model.params, in_place=loaded_here)
         del model
         longest = self.config.context_length
         if max_model_len is not None:
             max_model_len = checked_integer("max_model_len", max_model_len, 2, longest)
         self.max_model_len = longest if max_model_len is None else max_model_len
-        self._seeds = itertools.count(secrets.randbits(32) if seed is None else seed)
+        self._seeds = itertools.count(agreed(secrets.randbits(32)) if seed is None else seed)
         kv_bits = self.quant_config.kv_bits
         if num_pages is None:
-            num_pages = default_num_pages(
-                self.config,
+            pages = default_num_pages(
+                rank_config(self.config, ranks),
                 page_size=page_size,
                 kv_bits=kv_bits,
                 dtype=self.params["embed"]["embedding"].dtype,
                 max_model_len=self.max_model_len,
                 max_num_seqs=max_num_seqs,
             )
+            num_pages = agreed(pages)
         if enable_prefix_caching is None:
             enable_prefix_caching = attends == "quantized" or kv_bits == 16
         self.engine = Engine(

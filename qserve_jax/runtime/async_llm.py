@@ -9,6 +9,8 @@ from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Seq
 from typing import Any
 
+import jax
+
 from qserve_jax.runtime.compile_time import clock
 from qserve_jax.runtime.engine_stats import EngineStatus
 from qserve_jax.runtime.llm import LLM, errors
@@ -30,6 +32,11 @@ class AsyncLLM:
     """
 
     def __init__(self, model: Any, **settings: Any):
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"AsyncLLM runs in one process but there are {jax.process_count()}, whose requests "
+                "would arrive in other orders: use LLM"
+            )
         self.llm = model if isinstance(model, LLM) else LLM(model, **settings)
         self._open: dict[Sequence, tuple[asyncio.AbstractEventLoop, Events]] = {}
         self._wake = threading.Event()

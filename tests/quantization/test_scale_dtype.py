@@ -54,5 +54,5 @@ def test_rounding_costs_next_to_nothing(rng, group_size):
 
 
 def test_other_names_are_refused():
-    with pytest.raises(ValueError, match="scale_dtype=bfloat16 is not supported"):
+    with pytest.raises(ValueError, match="scale_dtype='bfloat16' is not supported"):
         QuantConfig(scale_dtype="bfloat16")

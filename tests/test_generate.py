@@ -210,7 +210,7 @@ def test_model_flags_reach_the_engine(monkeypatch):
         config = SimpleNamespace(context_length=500, vocab_size=9)
         quant = SimpleNamespace(weight_bits=4)
         return SimpleNamespace(
-            model=SimpleNamespace(act_bits=8),
+            model=SimpleNamespace(act_bits=8, backend="reference", mesh=None),
             config=config,
             tokenizer=tokenizer,
             params={"layers": {}},
@@ -237,6 +237,7 @@ def test_model_flags_reach_the_engine(monkeypatch):
         "dtype": "float16",
         "backend": "reference",
         "progress": False,
+        "mesh": None,
     }
     assert caught.value.args[0] == {
         "max_model_len": 96,

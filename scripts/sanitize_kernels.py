@@ -180,7 +180,7 @@ def prefill_cases(rng: np.random.Generator) -> dict[str, tuple[Callable, tuple, 
 
         def attend_wgmma(q: Any, cache: Any, k: Any, v: Any) -> Any:
             more = {"new_k": k, "new_v": v, "query_lens": lengths[1], "attends": "full"}
-            more |= dict.fromkeys(("layer", "sm_scale", "window", "softcap")) | {"wgmma": True}
+            more |= dict.fromkeys(("layer", "sm_scale", "window", "softcap"))
             out = mosaic_prefill.attention("mosaic_sm90", q, cache, table, lengths[0], **more)
             return jnp.where(real[:, :, None, None], out, 0)
 

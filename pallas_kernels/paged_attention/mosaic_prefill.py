@@ -47,8 +47,6 @@ from qserve_jax.pallas_kernels.paged_attention.prefill_rows import Block, State
 from qserve_jax.pallas_kernels.paged_attention.prefill_tile import Source
 from qserve_jax.quantization.qtensor import Array, KVCache
 
-WGMMA = False
-"""Whether `mosaic_sm90` is sm90_prefill's. Not before that has run on a GPU."""
 THREADS = 32 * WARPS
 
 
@@ -64,12 +62,10 @@ def attention(
     query_lens: Array,
     attends: str,
     order: Array | None = None,
-    wgmma: bool | None = None,
     **options: Any,
 ) -> Array:
     """See `api.paged_attention`; q is [B, T, N, H]. Prompts that have no pages before them, and
-    attend to themselves unquantised, are cuDNN's where there is one. wgmma: sm90_prefill's kernel
-    for mosaic_sm90; default WGMMA."""
+    attend to themselves unquantised, are cuDNN's where there is one."""
     if cudnn_prefill.takes(q, block_table, new_k, attends, options["softcap"]):
         with contextlib.suppress(NotImplementedError):
             return cudnn_prefill.attention(q, new_k, new_v, query_lens, options)
@@ -81,12 +77,10 @@ def attention(
         operands.append(jnp.asarray(options["layer"], jnp.int32).reshape(1))
     if p.width == 0:  # an operand without elements is none
         operands[2] = jnp.full((p.rows, 1), -1, jnp.int32)
-    if backend == "mosaic_sm90" and (WGMMA if wgmma is None else wgmma):
-        return sm90_prefill.launch(p, operands)
-    return _launch(p, operands, arch=(8, 0) if backend == "mosaic_mma" else None)
+    return sm90_prefill.launch(p, operands) if backend == "mosaic_sm90" else _launch(p, operands)
 
 
-def _launch(p: Problem, operands: Sequence[Array], arch: tuple[int, int] | None) -> Array:
+def _launch(p: Problem, operands: Sequence[Array]) -> Array:
     return ptx.launch(
         functools.partial(_body, p),
         operands,
@@ -95,7 +89,7 @@ def _launch(p: Problem, operands: Sequence[Array], arch: tuple[int, int] | None)
         blocks=p.blocks,
         warpgroups=WARPS // 4,
         shared_bytes=p.shared_bytes,
-        arch=arch,
+        arch=(8, 0),
     )
 
 

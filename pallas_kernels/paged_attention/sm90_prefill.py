@@ -9,7 +9,8 @@ each and multiply; the third makes tiles of 64 keys for both (sm90_prefill_ring)
     softmax    online, in powers of two, in float32 (prefill_rows)
 
 A step multiplies the scores of a tile and the values of the one before together, so that the tensor
-core has long work from one warpgroup while the other is at its softmax; they take turns.
+core has long work from one warpgroup while the other is at its softmax. Making the two take turns
+at it (FlashAttention 3, section 3.1) gained nothing.
 
 Blocks stay: one on each SM takes blocks of rows one after another, forth and back through all of
 them, which are sorted by what they see. The ring goes on from one to the next, so that keys are
@@ -141,74 +142,42 @@ def _produce(p: Problem, operands: _Operands, ring: Ring) -> None:
 def _consume(p: Problem, operands: _Operands, ring: Ring) -> None:
     """The queries of the next block of rows are fetched before this one ends."""
     ptx.set_max_registers(CONSUMER_REGISTERS, increase=True)
-    share, turns = _Share(p, operands.lens), _Turns(ptx.warp_index() >> 2)
+    share = _Share(p, operands.lens)
 
     def one(i: I32, carry: list[I32]) -> list[I32]:
         n, *words = carry
         b = share.block(i)
         tiles = functools.reduce(I32.__add__, (x.count for x in _sources(operands, b)))
         query = prefill_rows.query_operands(p, words)
-        state, weights = _attend(p, b, ring, turns, n, tiles, query)
+        state, weights = _attend(p, b, ring, n, tiles, query)
         words = prefill_rows.fetch_query(p, share.block(i + 1), operands.q)
-        state = _finish(p, b, ring, turns, n + (tiles - 1), state, weights)
+        state = _finish(p, b, ring, n + (tiles - 1), state, weights)
         prefill_rows.store_output(p, b, operands.out, state)
         return [n + tiles, *words]
 
-    turns.start()
     words = prefill_rows.fetch_query(p, share.block(0), operands.q)
     ptx.loop(share.count(), [ptx.constant(0), *words], one)
-    turns.end()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Turns:
-    """The two warpgroups start their wgmma in turn, so that one's softmax runs beside the other's
-    wgmma, and not beside its softmax (FlashAttention 3, section 3.1)."""
-
-    warpgroup: I32
-    FIRST = 2  # named barriers, one for each to wait at
-    BOTH = 32 * WARPS
-
-    def take(self) -> None:
-        ptx.sync_block(self.BOTH, self.warpgroup + self.FIRST)
-
-    def give(self) -> None:
-        ptx.arrive_at_block(self.BOTH, (1 - self.warpgroup) + self.FIRST)
-
-    def start(self) -> None:
-        """The first warpgroup has the first turn."""
-        with ptx.when(self.warpgroup.is_(1)):
-            self.give()
-
-    def end(self) -> None:
-        """And takes the last one, with which it does nothing."""
-        with ptx.when(self.warpgroup.is_(0)):
-            self.take()
 
 
 def _attend(
-    p: Problem, b: Block, ring: Ring, turns: _Turns, n: I32, tiles: I32, query: list[list[I32]]
+    p: Problem, b: Block, ring: Ring, n: I32, tiles: I32, query: list[list[I32]]
 ) -> tuple[State, list[I32]]:
     """Over all tiles, from the n-th of the ring on; the last one's values are left to add, with
     these weights."""
     ring.wait_full(n)
-    turns.take()
     held = ptx.wgmma_fence([word for a in query for word in a])
     scores = _start_scores(ring.keys(n), held)
     ptx.wgmma_commit()
-    turns.give()
     scores = ptx.wgmma_wait(scores, held)
     state, weights = _softmax(p, b, ring, n, State.start(p), scores)
 
     def step(i: I32, carry: list[Any]) -> list[Any]:
         weights, state, m = carry[: TILE // 4], State.of(carry[TILE // 4 :]), n + i
         ring.wait_full(m + 1)
-        turns.take()
         weights, state.acc = ptx.wgmma_fence(weights), ptx.wgmma_fence(state.acc)
         scores = _start_scores(ring.keys(m + 1), held)
         acc = _start_values(ring.values(m), weights, state.acc)
         ptx.wgmma_commit()
-        turns.give()
         found = ptx.wgmma_wait([*scores, *acc], [*weights, *held])
         ring.release(m, b.lane)
         scores, state.acc = found[: TILE // 2], found[TILE // 2 :]
@@ -219,15 +188,11 @@ def _attend(
     return State.of(last[TILE // 4 :]), last[: TILE // 4]
 
 
-def _finish(
-    p: Problem, b: Block, ring: Ring, turns: _Turns, n: I32, state: State, weights: list[I32]
-) -> State:
+def _finish(p: Problem, b: Block, ring: Ring, n: I32, state: State, weights: list[I32]) -> State:
     """The values of the last tile, the n-th of the ring."""
-    turns.take()
     weights = ptx.wgmma_fence(weights)
     acc = _start_values(ring.values(n), weights, ptx.wgmma_fence(state.acc))
     ptx.wgmma_commit()
-    turns.give()
     acc = ptx.wgmma_wait(acc, weights)
     ring.release(n, b.lane)
     return State(state.top, state.total, acc)

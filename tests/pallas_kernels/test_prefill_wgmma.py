@@ -170,7 +170,6 @@ def test_wgmma_reads_tiles_as_they_are_stored(head_dim):
         (Ring, "wait_empty", lambda self, n: None, "without meeting who has read|more arrivals"),
         (warpgroups.Machine, "fence_writes", lambda self: None, "no fence has shown"),
         (warpgroups.Machine, "wgmma_fence", lambda self, registers: registers, "not fenced"),
-        (warpgroups.Machine, "arrive_at_block", lambda self, *_: None, "deadlock"),
     ],
 )
 def test_the_emulation_notices(where, name, wrong, says, rng, monkeypatch):
@@ -200,12 +199,11 @@ def test_values_read_as_keys_are_found(rng, monkeypatch):
 # Lowered on any host
 
 
-@functools.partial(jax.jit, static_argnames=("attends", "window", "wgmma"))
-def call(q, cache, table, context_lens, *, window=None, attends="full", wgmma=True, **options):
+@functools.partial(jax.jit, static_argnames=("attends", "window", "backend"))
+def call(q, *args, window=None, attends="full", backend="mosaic_sm90", **options):
+    """Without cuDNN's part."""
     options |= {"window": window, "attends": attends, "sm_scale": None, "softcap": None}
-    return mosaic_prefill.attention(
-        "mosaic_sm90", q, cache, table, context_lens, wgmma=wgmma, **options
-    )
+    return mosaic_prefill.attention(backend, q, *args, **options)
 
 
 @pytest.mark.parametrize("heads, kv_heads, head_dim", SHAPES)
@@ -219,18 +217,12 @@ def test_lowers_for_cuda(heads, kv_heads, head_dim, attends, rng):
     assert kinds == {"m64n64k16", f"m64n{head_dim}k16"}
 
 
-def test_what_mosaic_sm90_takes(rng, monkeypatch):
-    """The mma kernel, until the constant says otherwise; mosaic_mma always."""
+@pytest.mark.parametrize("backend, has", [("mosaic_sm90", True), ("mosaic_mma", False)])
+def test_what_a_backend_takes(backend, has, rng):
     made = make_case(rng, [200], [130], 2, 1, 64, 4, "bfloat16")
-    for constant, backend, has in (
-        (False, "mosaic_sm90", False),
-        (True, "mosaic_sm90", True),
-        (True, "mosaic_mma", False),
-    ):
-        monkeypatch.setattr(mosaic_prefill, "WGMMA", constant)
-        run = jax.jit(functools.partial(paged_attention, backend=backend))
-        lowered = made.call(run.trace).lower(lowering_platforms=("cuda",))
-        assert ("_wgmma" in lowered.as_text()) == has
+    run = jax.jit(functools.partial(paged_attention, backend=backend))
+    lowered = made.call(run.trace).lower(lowering_platforms=("cuda",))
+    assert ("_wgmma" in lowered.as_text()) == has
 
 
 # On a GPU
@@ -269,7 +261,7 @@ def test_repeated_launches_on_a_gpu(gpu, attends, rng):
     context, new = [2500, 900, 1030], [1024, 900, 1]
     made = make_case(rng, context, new, 32, 8, 128, 4, "bfloat16", attends)
     first = np.asarray(made.call(call, attends=attends))
-    other = made.call(call, attends=attends, wgmma=False)
+    other = made.call(call, attends=attends, backend="mosaic_mma")
     assert worst_error(first, other, made.query_lens) < 2.5e-3
     for _ in range(100):
         np.testing.assert_array_equal(made.call(call, attends=attends), first)

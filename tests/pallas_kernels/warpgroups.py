@@ -145,10 +145,6 @@ class Machine(lanes.Machine):
         self._pause(lambda: b.phases > phases)
         self.now.clock = np.maximum(self.now.clock, b.known)
 
-    def arrive_at_block(self, threads, barrier):
-        if self.mask.any():
-            self._arrive(self._named(threads, barrier))
-
     def _named(self, threads, barrier):
         numbers = np.broadcast_to(barrier.values, self.mask.shape)[self.mask]
         (number,) = np.unique(numbers)

@@ -246,7 +246,7 @@ def _measured(
         if not args.quiet:
             print(line, file=sys.stderr, flush=True)
 
-    bench = Bench(clock.call_times, start, save, say)
+    bench = Bench(clock.call_times, start, save, say, args.op)
     run(bench, backends)
     return bench.report, bench.problems
 

@@ -48,16 +48,20 @@ class Sweep:
 class Bench:
     """What a sweep works with: the clock, the report that it fills, and whom it tells.
 
-    save is called after every row; problems are lines about what could not be measured; kernels are
-    those that rows must be of.
+    save is called after every row; op is one of `provenance.OPS`, whose kernels rows must be of;
+    problems are lines about what could not be measured.
     """
 
     clock: Clock
     report: Report
     save: Callable[[Report], None]
     say: Callable[[str], None]
+    op: str = "matmul"
     problems: list[str] = dataclasses.field(default_factory=list)
-    kernels: str = dataclasses.field(default_factory=kernels)
+
+    @functools.cached_property
+    def kernels(self) -> str:
+        return kernels(self.op)
 
     @property
     def origin(self) -> dict[str, str]:

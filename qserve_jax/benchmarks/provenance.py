@@ -15,7 +15,8 @@ import jax
 PACKAGE = Path(__file__).parents[1]
 ROOT = PACKAGE.parent
 NUMBERS = ("numerics", "packing", "qtensor")
-KERNEL_SOURCES = ("pallas_kernels", *(f"quantization/{name}.py" for name in NUMBERS))
+OPS = {"matmul": ("w4a8_matmul",), "attention": ("paged_attention", "append_kv")}
+SHARED = ("pallas_kernels/intrinsics", *(f"quantization/{name}.py" for name in NUMBERS))
 
 
 def provenance() -> dict[str, Any]:
@@ -29,11 +30,11 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def kernels(package: Path = PACKAGE) -> str:
-    """A hash of the files that a kernel's time depends on, KERNEL_SOURCES: by it a row of one
+def kernels(op: str, package: Path = PACKAGE) -> str:
+    """A hash of the files that the time of an operation (of OPS) depends on: by it a row of one
     commit is known to be of another commit's kernels too. Tuned configs are among them."""
     found = hashlib.sha256()
-    for source in KERNEL_SOURCES:
+    for source in (*(f"pallas_kernels/{name}" for name in OPS[op]), *SHARED):
         top = (package / source).resolve()  # of a link, the folder
         for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
             if path.suffix in (".py", ".json"):

@@ -67,7 +67,7 @@ def run(clock, monkeypatch, start=None, baseline="xla", cases=CASES, others=True
     sweep = attention.Sweep(cases, ("reference",), (4,), SMALL, **sizes)
     saved, said = [], []
     start = start or attention.attention_report(json.loads(json.dumps(START)))
-    bench = Bench(clock, start, lambda r: saved.append(json.dumps(r)), said.append)
+    bench = Bench(clock, start, lambda r: saved.append(json.dumps(r)), said.append, "attention")
     attention.run_sweep(sweep, bench)
     return bench, saved, said
 

@@ -14,7 +14,7 @@ from qserve_jax.pallas_kernels import w4a8_matmul
 
 MEMORY = dict.fromkeys(ceilings.MEMORY, 4000.0) | {"hbm_read_max_gbps": 4400.0}
 CEILINGS = MEMORY | {"bf16_tops": 800.0, "int8_tops": 1600.0}
-HERE = {"kernels": provenance.kernels(), "commit": "c" * 40}
+HERE = {"kernels": provenance.kernels("matmul"), "commit": "c" * 40}
 N, K = 64, 256
 ONCE = N * K * (0.5 + 2 / 128) / 1e3  # microseconds of reading the weight at 1 GB/s
 
@@ -115,20 +115,23 @@ def test_the_kernels_are_the_contents_of_their_files(tmp_path):
     def write(name, text):
         (tmp_path / "package" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "package" / name).write_text(text)
-        return provenance.kernels(tmp_path / "package")
+        return provenance.kernels("matmul", tmp_path / "package")
 
     for name in ("numerics", "packing"):
         (tmp_path / "package" / "quantization").mkdir(parents=True, exist_ok=True)
         (tmp_path / "package" / "quantization" / f"{name}.py").write_text(name)
-    (tmp_path / "package" / "pallas_kernels" / "op").mkdir(parents=True)
-    found = [write("quantization/qtensor.py", "a"), write("pallas_kernels/op/b.py", "b")]
-    found += [write("pallas_kernels/op/b.py", "c"), write("pallas_kernels/op/tuned/d.json", "{}")]
-    found += [write("quantization/qtensor.py", "b")]
-    assert len(set(found)) == 5 and all(re.fullmatch("[0-9a-f]{12}", name) for name in found)
-    assert write("quantization/params.py", "d") == write("pallas_kernels/b.pyc", "") == found[-1]
+    (tmp_path / "package" / "pallas_kernels" / "w4a8_matmul").mkdir(parents=True)
+    found = [write("quantization/qtensor.py", "a"), write("pallas_kernels/w4a8_matmul/b.py", "b")]
+    found += [write("pallas_kernels/w4a8_matmul/b.py", "c")]
+    found += [write("pallas_kernels/w4a8_matmul/tuned/d.json", "{}")]
+    found += [write("quantization/qtensor.py", "b"), write("pallas_kernels/intrinsics/e.py", "")]
+    assert len(set(found)) == 6 and all(re.fullmatch("[0-9a-f]{12}", name) for name in found)
+    for other in ("quantization/params.py", "pallas_kernels/w4a8_matmul/b.pyc"):
+        assert write(other, "d") == found[-1]
+    assert write("pallas_kernels/paged_attention/f.py", "d") == found[-1]
     (tmp_path / "package" / "pallas_kernels").rename(tmp_path / "kernels")
     (tmp_path / "package" / "pallas_kernels").symlink_to("../kernels")
-    assert provenance.kernels(tmp_path / "package") == found[-1]
+    assert provenance.kernels("matmul", tmp_path / "package") == found[-1]
 
 
 def test_a_row_above_the_memory_ceiling_is_rejected():

@@ -78,7 +78,7 @@ def configs(p: Any, clusters: bool) -> list[DecodeConfig]:
             check_config(p, config)
         except ValueError:
             continue
-        crowded = not config.alone and p.rows * p.head_blocks * cluster * splits > 4 * 132
+        crowded = not config.alone and p.rows * p.head_blocks * cluster * splits > 8 * 132
         if config.workers <= p.width and not crowded and config not in found:
             found.append(config)
     return found

@@ -30,7 +30,8 @@ from qserve_jax.benchmarks.provenance import kernels
 from qserve_jax.benchmarks.report import Report, baseline, drop_row, has_row
 from qserve_jax.benchmarks.shapes import Shape
 from qserve_jax.pallas_kernels import w4a8_matmul
-from qserve_jax.pallas_kernels.w4a8_matmul import from_kernel_layout, take_layer
+from qserve_jax.pallas_kernels.w4a8_matmul import from_kernel_layout, mosaic_sm90, take_layer
+from qserve_jax.pallas_kernels.w4a8_matmul.tuning import tuned_config
 from qserve_jax.quantization.qtensor import Array
 
 
@@ -177,12 +178,13 @@ def _column(
 
 
 def _measure_ours(sweep: Sweep, n: int, k: int, group_size: int, bench: Bench) -> None:
-    wanted = {"group_size": group_size, "n": n, "k": k}
     missing = [
         (backend, m)
         for backend in sweep.backends
         for m in sweep.tokens
-        if not has_row(bench.report["rows"], wanted | {"backend": backend, "m": m}, bench.kernels)
+        if not _is_measured(
+            {"backend": backend, "group_size": group_size, "m": m, "n": n, "k": k}, bench
+        )
     ]
     if not missing:
         return
@@ -200,6 +202,7 @@ def _measure_ours(sweep: Sweep, n: int, k: int, group_size: int, bench: Bench) -
     compare = compile_all({m: (_compare, shapes) for m, shapes in outputs.items()})
     for (backend, m), run in compile_all(jobs).items():
         row = {"backend": backend, "group_size": group_size, "m": m, "n": n, "k": k}
+        config = _tuned(row)
         place = f"{backend} {n}x{k} group size {group_size} m={m}"
         bench.say(place)
         drop_row(bench.report["rows"], row)
@@ -214,7 +217,19 @@ def _measure_ours(sweep: Sweep, n: int, k: int, group_size: int, bench: Bench) -
         except Exception as failure:
             bench.problem(f"{place}: {_line(failure)}")
         else:
-            _keep(row | {"us": us, "rel_err": float(error)}, place, bench)
+            _keep(row | {"us": us, "rel_err": float(error), "config": config}, place, bench)
+
+
+def _is_measured(row: dict[str, Any], bench: Bench) -> bool:
+    return has_row(bench.report["rows"], row | {"config": _tuned(row)}, bench.kernels)
+
+
+def _tuned(row: dict[str, Any]) -> dict[str, int] | None:
+    """The measured config that a row's kernel takes, None where it follows the rules."""
+    small = row["backend"] == "mosaic_mma" or row["m"] <= mosaic_sm90.MMA_TOKENS
+    sizes = (row[name] for name in ("m", "n", "k"))
+    found = tuned_config("mma" if small else "wgmma", *sizes, row["group_size"] != -1)
+    return found and dataclasses.asdict(found)
 
 
 def _keep(row: dict[str, Any], place: str, bench: Bench) -> None:
@@ -226,7 +241,8 @@ def _keep(row: dict[str, Any], place: str, bench: Bench) -> None:
     }
     if bench.believes(place, columns["gbps"]):
         sizes = {name: row[name] for name in ("backend", "group_size", "m", "n", "k", "us")}
-        found = {**sizes, **columns, "rel_err": row["rel_err"], **bench.origin}
+        more = {"rel_err": row["rel_err"], "config": row["config"]}
+        found = {**sizes, **columns, **more, **bench.origin}
         bench.report["rows"].append(found)
         bench.save(bench.report)
 

@@ -31,13 +31,13 @@ def provenance() -> dict[str, Any]:
 
 
 def kernels(op: str, package: Path = PACKAGE) -> str:
-    """A hash of the files that the time of an operation (of OPS) depends on: by it a row of one
-    commit is known to be of another commit's kernels too. Tuned configs are among them."""
+    """A hash of the sources that the time of an operation (of OPS) depends on: by it a row of one
+    commit is known to be of another commit's kernels too."""
     found = hashlib.sha256()
     for source in (*(f"pallas_kernels/{name}" for name in OPS[op]), *SHARED):
         top = (package / source).resolve()  # of a link, the folder
         for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
-            if path.suffix in (".py", ".json"):
+            if path.suffix == ".py":
                 content = path.read_bytes()
                 found.update(f"{source} {path.relative_to(top)} {len(content)} ".encode() + content)
     return found.hexdigest()[:12]

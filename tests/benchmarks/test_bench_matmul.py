@@ -11,6 +11,7 @@ import pytest
 
 from qserve_jax.benchmarks import baselines, ceilings, matmul, plot, provenance, report
 from qserve_jax.pallas_kernels import w4a8_matmul
+from qserve_jax.pallas_kernels.w4a8_matmul.sm90_config import Sm90Config
 
 MEMORY = dict.fromkeys(ceilings.MEMORY, 4000.0) | {"hbm_read_max_gbps": 4400.0}
 CEILINGS = MEMORY | {"bf16_tops": 800.0, "int8_tops": 1600.0}
@@ -94,6 +95,16 @@ def test_rows_of_other_kernels_are_measured_again_and_baselines_stay(kernels):
     assert bench.report["baselines"] == first.report["baselines"]
 
 
+def test_a_row_of_another_config_is_measured_again(monkeypatch):
+    first, _, _ = run(FakeClock(10.0), make_report(), group_sizes=(128,))
+    tuned = Sm90Config(64, 2, 1, 4, 1)
+    wanted = {("mma", 3, N, K, True): tuned}
+    monkeypatch.setattr(matmul, "tuned_config", lambda *key: wanted.get(key))
+    bench, _, _ = run(FakeClock(20.0), first.report, group_sizes=(128,))
+    found = [(r["m"], r["us"], r["config"]) for r in bench.report["rows"]]
+    assert found == [(1, 10.0, None), (3, 20.0, vars(tuned))]
+
+
 def test_a_row_of_other_kernels_does_not_outlive_a_failure():
     first, _, _ = run(FakeClock(10.0), make_report(), tokens=(1,), group_sizes=(128,))
     first.report["rows"][0]["kernels"] = "of old"
@@ -123,12 +134,12 @@ def test_the_kernels_are_the_contents_of_their_files(tmp_path):
     (tmp_path / "package" / "pallas_kernels" / "w4a8_matmul").mkdir(parents=True)
     found = [write("quantization/qtensor.py", "a"), write("pallas_kernels/w4a8_matmul/b.py", "b")]
     found += [write("pallas_kernels/w4a8_matmul/b.py", "c")]
-    found += [write("pallas_kernels/w4a8_matmul/tuned/d.json", "{}")]
     found += [write("quantization/qtensor.py", "b"), write("pallas_kernels/intrinsics/e.py", "")]
-    assert len(set(found)) == 6 and all(re.fullmatch("[0-9a-f]{12}", name) for name in found)
+    assert len(set(found)) == 5 and all(re.fullmatch("[0-9a-f]{12}", name) for name in found)
     for other in ("quantization/params.py", "pallas_kernels/w4a8_matmul/b.pyc"):
         assert write(other, "d") == found[-1]
-    assert write("pallas_kernels/paged_attention/f.py", "d") == found[-1]
+    for other in ("paged_attention/f.py", "w4a8_matmul/tuned/g.json"):
+        assert write(f"pallas_kernels/{other}", "d") == found[-1]
     (tmp_path / "package" / "pallas_kernels").rename(tmp_path / "kernels")
     (tmp_path / "package" / "pallas_kernels").symlink_to("../kernels")
     assert provenance.kernels("matmul", tmp_path / "package") == found[-1]
@@ -204,7 +215,7 @@ ROW = dict(
     zip(
         report.ROW,
         (
-            *("mosaic_sm90", -1, 16, 4096, 128, 5.0, 10.0, None, 7.5, 2200.0, 40.0, 1.66e-3),
+            *("mosaic_sm90", -1, 16, 4096, 128, 5.0, 10.0, None, 7.5, 2200.0, 40.0, 1.66e-3, None),
             *HERE.values(),
         ),
         strict=True,

@@ -3,7 +3,7 @@
 python scripts/tune_attention.py --batch 1 16 64 --context 1024 4096 [--heads 32 8 128] [--bits 4]
 
 Prints microseconds and GB/s of each config, fastest last, and writes them after every case to
---output. Rules are in pallas_kernels/paged_attention/decode_config.py.
+--output. Rules are in pallas_kernels/paged_attention/decode_rules.py.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from qserve_jax.pallas_kernels.paged_attention import mosaic_mma, mosaic_sm90
 from qserve_jax.pallas_kernels.paged_attention.decode_config import (
     DecodeConfig,
     check_config,
-    choose_config,
 )
 from qserve_jax.pallas_kernels.paged_attention.decode_problem import gather
+from qserve_jax.pallas_kernels.paged_attention.decode_rules import choose_config
 from qserve_jax.quantization.qtensor import KVCache, kv_bytes_per_token
 
 DECODE = {"mosaic_sm90": mosaic_sm90.decode, "mosaic_mma": mosaic_mma.decode}

@@ -5,8 +5,6 @@ python scripts/tune_kernels.py --model-shape llama3-8b --tokens 16 32 64 [--roun
 Starts from the heuristic's config and goes to the fastest neighbour for --rounds rounds; every
 config must give the same output bit for bit. Writes what gains over 1 % to the device's file under
 pallas_kernels/w4a8_matmul/tuned/, after every case, beside the entries that are there.
-
-With --prepared only PREPARED is measured, beside the heuristic's configs.
 """
 
 from __future__ import annotations
@@ -29,22 +27,10 @@ from qserve_jax.benchmarks.matmul import weight_bytes
 from qserve_jax.benchmarks.operands import copies_of, make_activation, make_weight
 from qserve_jax.benchmarks.provenance import provenance
 from qserve_jax.benchmarks.shapes import MODEL_SHAPES, TOKENS, Shape, parse_shape
-from qserve_jax.benchmarks.tune import ENOUGH, Measure, best_of, can_run, climb
+from qserve_jax.benchmarks.tune import ENOUGH, Measure, climb
 from qserve_jax.pallas_kernels.backend import default_device
 from qserve_jax.pallas_kernels.w4a8_matmul.api import W4A8_BACKENDS
-from qserve_jax.pallas_kernels.w4a8_matmul.sm90_config import choose_config
 from qserve_jax.pallas_kernels.w4a8_matmul.tuning import DESIGNS, Design, bucket, tuned_path
-
-WHOLE = {"last": 4}
-PREPARED = {  # (m, n, k): changes of the heuristic's config that no measurement has decided yet
-    **dict.fromkeys([(64, 12288, 4096), (128, 12288, 4096), (128, 37888, 3584)], [WHOLE]),
-    (64, 37888, 3584): [WHOLE, {"last": 2}],
-    **dict.fromkeys([(256, 4608, 3584), (512, 4608, 3584), (512, 10240, 8192)], [WHOLE]),
-    (1024, 22016, 4096): [WHOLE, {"cluster": 1}, {"cluster": 1, "lead": 3}],
-    (1024, 28672, 4096): [{"cluster": 1, "lead": lead} for lead in (0, 2, 3, 4)],
-    (4096, 28672, 4096): [WHOLE, {"lead": 2}, {"cluster": 1, "lead": 3}],
-    (4096, 6144, 4096): [{"lead": 3}, {"cluster": 1}, {"cluster": 1, "lead": 3}],
-}
 
 
 def make_measure(design: Design, x: Any, w: Any) -> Measure:
@@ -82,13 +68,8 @@ def make_measure(design: Design, x: Any, w: Any) -> Measure:
     return measure
 
 
-def tune(
-    name: str, m: int, n: int, k: int, group_size: int, rounds: int, prepared: Any = None
-) -> dict[str, Any] | None:
-    """An entry for the device's file, None where the heuristic's config is not beaten.
-
-    prepared: configs to measure instead of neighbours.
-    """
+def tune(name: str, m: int, n: int, k: int, group_size: int, rounds: int) -> dict[str, Any] | None:
+    """An entry for the device's file, None where the heuristic's config is not beaten."""
     design, per_group = DESIGNS[name], group_size != -1
     try:
         start = design.choose(m, n, k, per_group)
@@ -103,11 +84,7 @@ def tune(
     def check(config: Any) -> None:
         design.check(config, m, n, k, per_group)
 
-    if prepared is None:
-        best, us, first = climb(start, check, measure, rounds)
-    else:
-        able = [config for config in prepared if can_run(config, check) and config != start]
-        best, us, first = best_of(start, able, measure)
+    best, us, first = climb(start, check, measure, rounds)
     print(f"{name} {m=} {n=} {k=} {per_group=}: {first:.2f} -> {us:.2f} us, {best}", flush=True)
     if us > ENOUGH * first:
         return None
@@ -137,11 +114,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--group-size", nargs="+", type=int, choices=(128, -1), default=[128, -1])
     parser.add_argument("--design", nargs="+", choices=DESIGNS, default=list(DESIGNS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--prepared", action="store_true", help="measure PREPARED and no others")
     parser.add_argument("--output", type=Path, help="default: the device's file")
     args = parser.parse_args()
-    if not (args.shapes or args.model_shape or args.prepared):
-        parser.error("no shape: give --shapes NxK, --model-shape MODEL or --prepared")
+    if not (args.shapes or args.model_shape):
+        parser.error("no shape: give --shapes NxK or --model-shape MODEL")
     if any(m < 1 or bucket(m) != m for m in args.tokens):
         parser.error(f"--tokens {args.tokens}: give powers of two, which entries are kept for")
     return args
@@ -151,18 +127,9 @@ def main() -> None:
     args = parse_args()
     check_available()
     output = args.output or tuned_path(default_device().device_kind)
-    for case in prepared_cases(args) if args.prepared else all_cases(args):
+    for case in all_cases(args):
         if entry := tune(*case):
             merge(output, entry)
-
-
-def prepared_cases(args: argparse.Namespace) -> Iterator[tuple]:
-    """The arguments of `tune`."""
-    for (m, n, k), changes in PREPARED.items():
-        for group_size in args.group_size:
-            start = choose_config(m, n, k, group_size != -1)
-            configs = [dataclasses.replace(start, **change) for change in changes]
-            yield "wgmma", m, n, k, group_size, 0, configs
 
 
 def all_cases(args: argparse.Namespace) -> Iterator[tuple]:

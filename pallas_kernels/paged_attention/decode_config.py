@@ -1,4 +1,4 @@
-"""How decode attention is cut into blocks, by rules that read shapes only, so also under jit.
+"""How decode attention is cut into blocks; decode_rules chooses.
 
 A worker is a warpgroup with a ring of pages of its own. The workers of a (row, KV head) take its
 pages in turn: `warpgroups` in a block, `cluster` blocks that add up in each other's shared memory
@@ -10,23 +10,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from qserve_jax.pallas_kernels.paged_attention.decode_problem import COLUMNS, PAGE, Problem
+from qserve_jax.pallas_kernels.paged_attention.decode_problem import COLUMNS, Problem
 
 SMS = 132
-"""Of the GPU that the rules are for. Others are filled as well, or nearly."""
-FEW_BLOCKS = 2 * SMS
-"""With fewer (row, KV head) than this a row is worth splitting."""
-RING_BYTES = 26_112
-"""Pages under way for each worker: three of 4 bits and head_dim 128, four workers an SM."""
+"""Of the GPU that all is cut for. Others are filled as well, or nearly."""
 SHARED_LIMIT = 232_448
-PAGES_EACH = 2
-"""Pages that a block should have at least, where the table is that wide."""
-WARPGROUP_PAGES = {2: 8, 4: 32}
-"""Pages that a block should have for so many warpgroups: with fewer, adding up costs more."""
-SPLIT_PAGES = 32
-"""Pages that a split should have at least: below, adding up through memory costs more."""
-SPLIT_CLUSTER = 4
-"""Blocks of a cluster where there are splits, too. Of eight, too few may fit the GPU at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,38 +42,6 @@ class DecodeConfig:
     def alone(self) -> bool:
         """Whether a block's sums are the row's."""
         return self.cluster == self.splits == 1
-
-
-def choose_config(p: Problem, *, clusters: bool) -> DecodeConfig:
-    """clusters: whether the GPU has them."""
-    stages = min(6, max(2, round(RING_BYTES / p.block_bytes), 3 if p.bits == 8 else 2))
-    pages = p.width if p.window is None else min(p.width, -(-p.window // PAGE) + 1)
-    blocks = p.rows * p.head_blocks
-    cluster, splits = _spread(max(1, SMS // max(blocks, 1)), pages, clusters)
-    blocks *= cluster * splits
-    wanted = 1 if blocks >= FEW_BLOCKS else -(-2 * FEW_BLOCKS // max(blocks, 1))
-    mine = pages // (cluster * splits)
-    for warpgroups in (4, 2):
-        config = DecodeConfig(stages, warpgroups, cluster, splits)
-        enough = wanted >= warpgroups and mine >= WARPGROUP_PAGES[warpgroups]
-        if enough and shared_memory(p, config).size <= SHARED_LIMIT:
-            return config
-    return DecodeConfig(stages, 1, cluster, splits)
-
-
-def _spread(room: int, pages: int, clusters: bool) -> tuple[int, int]:
-    """Blocks of a cluster, and splits, for the pages of a row, of which `room` blocks run at once.
-
-    A cluster adds up in the same launch, and splits in another: they are for more than a cluster.
-    """
-    cluster = _power_of_two(min(8, room, pages // PAGES_EACH)) if clusters else 1
-    smaller = min(cluster, SPLIT_CLUSTER)
-    splits = min(room // smaller, pages // SPLIT_PAGES)
-    return (smaller, splits) if smaller * splits >= 2 * cluster else (cluster, 1)
-
-
-def _power_of_two(limit: int) -> int:
-    return 1 << max(limit, 1).bit_length() - 1
 
 
 def check_config(p: Problem, config: DecodeConfig) -> None:

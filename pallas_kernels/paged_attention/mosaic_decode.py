@@ -20,7 +20,6 @@ from qserve_jax.pallas_kernels.paged_attention.decode_config import (
     SMS,
     DecodeConfig,
     check_config,
-    choose_config,
     shared_memory,
 )
 from qserve_jax.pallas_kernels.paged_attention.decode_merge import (
@@ -36,6 +35,7 @@ from qserve_jax.pallas_kernels.paged_attention.decode_query import (
     make_query,
     start_state,
 )
+from qserve_jax.pallas_kernels.paged_attention.decode_rules import choose_config
 from qserve_jax.pallas_kernels.paged_attention.decode_thread import Thread
 from qserve_jax.quantization.qtensor import Array
 

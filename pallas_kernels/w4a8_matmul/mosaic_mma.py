@@ -42,11 +42,11 @@ import jax.numpy as jnp
 from qserve_jax.pallas_kernels import intrinsics as ptx
 from qserve_jax.pallas_kernels.intrinsics import I32
 from qserve_jax.pallas_kernels.w4a8_matmul import layout
-from qserve_jax.pallas_kernels.w4a8_matmul.mma_config import MmaConfig, check_config, choose_config
+from qserve_jax.pallas_kernels.w4a8_matmul.mma_config import MmaConfig, check_config
 from qserve_jax.pallas_kernels.w4a8_matmul.mma_epilogue import epilogue, exchange, load_scales
 from qserve_jax.pallas_kernels.w4a8_matmul.mma_thread import MmaProblem, Thread
 from qserve_jax.pallas_kernels.w4a8_matmul.problem import gather
-from qserve_jax.pallas_kernels.w4a8_matmul.tuning import tuned_config
+from qserve_jax.pallas_kernels.w4a8_matmul.tuning import chosen_config
 from qserve_jax.quantization.qtensor import Array, Int8Activation, W4PerChannel, W4PerGroup
 
 
@@ -71,8 +71,7 @@ def matmul(
     """
     problem, operands = gather(named, x, w, bias, residual, layer, out_dtype)
     m, n, k, per_group = problem.m, problem.n, problem.k, problem.per_group
-    tuned = tuned_config("mma", m, n, k, per_group)
-    chosen: MmaConfig = config or tuned or choose_config(m, n, k)
+    chosen: MmaConfig = config or chosen_config("mma", m, n, k, per_group)
     check_config(chosen, k, per_group)
     p = MmaProblem(**vars(problem), config=chosen)
     y = ptx.launch(

@@ -55,7 +55,6 @@ from qserve_jax.pallas_kernels.w4a8_matmul.problem import (
 )
 from qserve_jax.pallas_kernels.w4a8_matmul.sm90_config import (
     check_config,
-    choose_config,
 )
 from qserve_jax.pallas_kernels.w4a8_matmul.sm90_epilogue import Epilogue, exchange
 from qserve_jax.pallas_kernels.w4a8_matmul.sm90_thread import Block, Consumer, WgmmaProblem
@@ -65,7 +64,7 @@ from qserve_jax.pallas_kernels.w4a8_matmul.sm90_tiles import (
     Part,
     Sm90Config,
 )
-from qserve_jax.pallas_kernels.w4a8_matmul.tuning import tuned_config
+from qserve_jax.pallas_kernels.w4a8_matmul.tuning import chosen_config
 from qserve_jax.quantization.qtensor import Array, Int8Activation, W4PerChannel, W4PerGroup
 
 MMA_TOKENS = 32
@@ -103,8 +102,7 @@ def matmul(
         return (y + residual.astype(jnp.float32)).astype(out_dtype)
     problem, operands = gather("mosaic_sm90", x, w, bias, residual, layer, out_dtype)
     m, n, k, per_group = problem.m, problem.n, problem.k, problem.per_group
-    tuned = tuned_config("wgmma", m, n, k, per_group)
-    chosen: Sm90Config = config or tuned or choose_config(m, n, k, per_group)
+    chosen: Sm90Config = config or chosen_config("wgmma", m, n, k, per_group)
     check_config(chosen, m, n, per_group)
     p = WgmmaProblem(**vars(problem), config=chosen)
     y = ptx.launch(

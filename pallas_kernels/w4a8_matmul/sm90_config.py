@@ -1,15 +1,13 @@
-"""What a config of the wgmma kernel takes, which ones can run, and the heuristic that chooses."""
+"""What a config of the wgmma kernel takes, and which ones can run; sm90_rules chooses."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from qserve_jax.pallas_kernels.w4a8_matmul.layout import CODE_WORDS, FEATURES, ROWS, SCALE_WORDS
-from qserve_jax.pallas_kernels.w4a8_matmul.sm90_tiles import QUARTERS, SMS, Sm90Config, cut, grid
+from qserve_jax.pallas_kernels.w4a8_matmul.sm90_tiles import QUARTERS, Sm90Config, cut
 
 SHARED_BYTES = 232448
-BUSY = 0.6
-MANY_ROUNDS = 3.5
 TOKENS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256)
 """What wgmma takes for int8."""
 
@@ -105,61 +103,6 @@ def _broken_rule(config: Sm90Config, m: int, n: int, per_group: bool) -> str | N
         if not holds:
             return rule
     return None
-
-
-def choose_config(m: int, n: int, k: int, per_group: bool) -> Sm90Config:
-    """The config for x [m, k] and a weight [k, n]: the largest tile that keeps the SMs busy.
-
-    A large tile reads less for what it multiplies. Where none keeps BUSY of the SMs at work, the
-    one that comes nearest. Its last round is then cut as finely as saves the most of it.
-    """
-    return _with_last(_whole_tiles(m, n, per_group), m, n, per_group)
-
-
-def _whole_tiles(m: int, n: int, per_group: bool) -> Sm90Config:
-    """`choose_config` with the last round as it is."""
-    most = -(-m // 256)
-    tokens = min(256, _round_up(-(-m // most), 32))
-    tried = []
-    while True:
-        shapes = ((4, 1), (2, 2), (1, 4)) if tokens <= 128 else ((2, 1),)
-        for row_warpgroups, k_warpgroups in shapes:
-            config = _with_stages(tokens, row_warpgroups, k_warpgroups, m, n, per_group)
-            if config is None:
-                continue
-            if _busy(config, m, n) >= BUSY:
-                return config
-            tried.append(config)
-        if tokens <= 32:
-            return max(tried, key=lambda config: _busy(config, m, n))
-        tokens = _round_up(-(-tokens // 2), 32)
-
-
-def _busy(config: Sm90Config, m: int, n: int) -> float:
-    """The share of the SMs that have a tile, over all rounds."""
-    tiles = grid(config, m, n)[1] * config.cluster
-    return tiles / (-(-tiles // SMS) * SMS)
-
-
-def _with_stages(
-    tokens: int, row_warpgroups: int, k_warpgroups: int, m: int, n: int, per_group: bool
-) -> Sm90Config | None:
-    """With the most stages that fit; None where not even two do. Many rounds: in clusters of two,
-    since x, for the second round on, is then read by fewer."""
-    for stages in range(min(12, 16 // k_warpgroups), 1, -1):
-        config = Sm90Config(tokens, row_warpgroups, k_warpgroups, stages, cluster=1)
-        if tokens == 256 and grid(config, m, n)[1] >= MANY_ROUNDS * SMS:
-            config = dataclasses.replace(config, cluster=2)
-        if not _broken_rule(config, m, n, per_group):
-            return config
-    return None
-
-
-def _with_last(config: Sm90Config, m: int, n: int, per_group: bool) -> Sm90Config:
-    """With the `last` that takes the fewest quarters of a round, the largest of equals."""
-    cuts = (dataclasses.replace(config, last=last) for last in range(QUARTERS, 0, -1))
-    able = [config for config in cuts if not _broken_rule(config, m, n, per_group)]
-    return min(able, key=lambda config: cut(config, m, n).quarters)
 
 
 def _round_up(value: int, to: int) -> int:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from qserve_jax.pallas_kernels.backend import default_device
-from qserve_jax.pallas_kernels.w4a8_matmul import mma_config, sm90_config
+from qserve_jax.pallas_kernels.w4a8_matmul import mma_config, mma_rules, sm90_config, sm90_rules
 
 FOLDER = Path(__file__).parent / "tuned"
 
@@ -49,19 +49,25 @@ DESIGNS: dict[str, Design] = {
     "mma": Design(
         "mosaic_mma",
         mma_config.MmaConfig,
-        lambda m, n, k, per_group: mma_config.choose_config(m, n, k),
+        lambda m, n, k, per_group: mma_rules.choose_config(m, n, k),
         lambda config, m, n, k, per_group: mma_config.check_config(config, k, per_group),
     ),
     "wgmma": Design(
         "mosaic_sm90",
         sm90_config.Sm90Config,
-        sm90_config.choose_config,
+        sm90_rules.choose_config,
         lambda config, m, n, k, per_group: sm90_config.check_config(config, m, n, per_group),
     ),
 }
 
 Key = tuple[str, int, int, int, bool]
 """design, m (a power of two), n, k, per_group"""
+
+
+def chosen_config(design: str, m: int, n: int, k: int, per_group: bool) -> Any:
+    """The measured config, or else the one of the rules."""
+    sizes = m, n, k, per_group
+    return tuned_config(design, *sizes) or DESIGNS[design].choose(*sizes)
 
 
 def tuned_config(design: str, m: int, n: int, k: int, per_group: bool) -> Any | None:

@@ -34,6 +34,8 @@ from qserve_jax.benchmarks.operands import copies_of
 from qserve_jax.benchmarks.report import Report, drop_row, has_row
 from qserve_jax.pallas_kernels import paged_attention, rope_append_kv
 from qserve_jax.pallas_kernels.paged_attention import longest_first
+from qserve_jax.pallas_kernels.paged_attention.decode_problem import Problem
+from qserve_jax.pallas_kernels.paged_attention.decode_rules import choose_config
 from qserve_jax.quantization.qtensor import Array, KVCache
 
 BASELINE: Any = "cudnn"
@@ -66,7 +68,7 @@ def run_sweep(sweep: Sweep, bench: Bench) -> None:
             for attends in ("quantized", "full") if full else ("quantized",):
                 row = {"backend": backend, **case.place, "attends": attends}
                 measure = functools.partial(_decode, case, backend, attends, bench)
-                _guarded(bench, "rows", row, measure)
+                _guarded(bench, "rows", row, measure, {"config": _config(case, backend)})
     for backend in sweep.backends:
         for bits in sweep.kv_bits:
             for batch in sweep.append_batches:
@@ -90,11 +92,16 @@ def _sizes(heads: Heads) -> dict[str, Any]:
 
 
 def _guarded(
-    bench: Bench, name: str, row: dict[str, Any], measure: Callable[[], dict[str, Any]]
+    bench: Bench,
+    name: str,
+    row: dict[str, Any],
+    measure: Callable[[], dict[str, Any]],
+    how: dict[str, Any] | None = None,
 ) -> None:
-    """Add row | measure() to a list of the report, unless it has it of these kernels; a failure is
-    a problem."""
-    if has_row(bench.report[name], row, bench.kernels):
+    """Add row | measure() | how to a list of the report, unless it has it, done so, of these
+    kernels; a failure is a problem."""
+    how = how or {}
+    if has_row(bench.report[name], row | how, bench.kernels):
         return
     drop_row(bench.report[name], row)
     place = " ".join(f"{k}={v}" for k, v in row.items() if k != "lengths")
@@ -110,11 +117,31 @@ def _guarded(
         return
     if "gbps" in found and not bench.believes(place, found["gbps"]):
         return
-    bench.report[name].append(row | found | bench.origin)
+    bench.report[name].append(row | found | how | bench.origin)
     bench.save(bench.report)
 
 
 # Decode
+
+
+def _config(case: Case, backend: str) -> dict[str, int] | None:
+    """How a decode kernel cuts the case; the reference has none."""
+    if backend == "reference":
+        return None
+    p = Problem(
+        rows=case.batch,
+        **{"heads": case.heads, "kv_heads": case.kv_heads, "head_dim": case.head_dim},
+        bits=case.kv_bits,
+        width=max(case.pages),
+        ordered=_is_ragged(case),
+        **{"num_pages": 1, "layers": 1, "q_dtype": "bfloat16", "stored": "bfloat16"},
+        **{"new": None, "sm_scale": 1.0, "window": None, "softcap": None},
+    )
+    return dataclasses.asdict(choose_config(p, clusters=backend == "mosaic_sm90"))
+
+
+def _is_ragged(case: Case) -> bool:
+    return len(set(case.lengths)) > 1
 
 
 def _decode(case: Case, backend: str, attends: str, bench: Bench) -> dict[str, Any]:
@@ -123,7 +150,7 @@ def _decode(case: Case, backend: str, attends: str, bench: Bench) -> dict[str, A
     paged = make_paged(case)
     q = normal((case.batch, case.heads, case.head_dim), 2)
     new = [normal((case.batch, case.kv_heads, case.head_dim), seed) for seed in (3, 4)]
-    order = longest_first(paged.lens) if len(set(case.lengths)) > 1 else None
+    order = longest_first(paged.lens) if _is_ragged(case) else None
 
     # All made before: what XLA made in the call would be timed with it.
     @jax.jit
@@ -167,7 +194,7 @@ def _time_baseline(case: Case, bench: Bench) -> float:
     shape = (case.batch, longest, case.kv_heads, case.head_dim)
     nbytes = 4 * int(np.prod(shape))
     q = normal((case.batch, 1, case.heads, case.head_dim), 2)
-    lens = jnp.asarray(case.lengths, jnp.int32) if len(set(case.lengths)) > 1 else None
+    lens = jnp.asarray(case.lengths, jnp.int32) if _is_ragged(case) else None
     run = jax.jit(functools.partial(_attend_contiguous, causal=False))
     sides = [(normal(shape, 2 * i), normal(shape, 2 * i + 1)) for i in range(copies_of(nbytes))]
     return bench.median_us(run, (q, lens), sides)

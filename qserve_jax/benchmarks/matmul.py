@@ -31,7 +31,7 @@ from qserve_jax.benchmarks.report import Report, baseline, drop_row, has_row
 from qserve_jax.benchmarks.shapes import Shape
 from qserve_jax.pallas_kernels import w4a8_matmul
 from qserve_jax.pallas_kernels.w4a8_matmul import from_kernel_layout, mosaic_sm90, take_layer
-from qserve_jax.pallas_kernels.w4a8_matmul.tuning import tuned_config
+from qserve_jax.pallas_kernels.w4a8_matmul.tuning import chosen_config
 from qserve_jax.quantization.qtensor import Array
 
 
@@ -202,7 +202,7 @@ def _measure_ours(sweep: Sweep, n: int, k: int, group_size: int, bench: Bench) -
     compare = compile_all({m: (_compare, shapes) for m, shapes in outputs.items()})
     for (backend, m), run in compile_all(jobs).items():
         row = {"backend": backend, "group_size": group_size, "m": m, "n": n, "k": k}
-        config = _tuned(row)
+        config = _config(row)
         place = f"{backend} {n}x{k} group size {group_size} m={m}"
         bench.say(place)
         drop_row(bench.report["rows"], row)
@@ -221,15 +221,16 @@ def _measure_ours(sweep: Sweep, n: int, k: int, group_size: int, bench: Bench) -
 
 
 def _is_measured(row: dict[str, Any], bench: Bench) -> bool:
-    return has_row(bench.report["rows"], row | {"config": _tuned(row)}, bench.kernels)
+    return has_row(bench.report["rows"], row | {"config": _config(row)}, bench.kernels)
 
 
-def _tuned(row: dict[str, Any]) -> dict[str, int] | None:
-    """The measured config that a row's kernel takes, None where it follows the rules."""
+def _config(row: dict[str, Any]) -> dict[str, int] | None:
+    """Of a row's kernel, tuned or by the rules; the reference has none."""
+    if row["backend"] == "reference":
+        return None
     small = row["backend"] == "mosaic_mma" or row["m"] <= mosaic_sm90.MMA_TOKENS
-    sizes = (row[name] for name in ("m", "n", "k"))
-    found = tuned_config("mma" if small else "wgmma", *sizes, row["group_size"] != -1)
-    return found and dataclasses.asdict(found)
+    design, per_group = "mma" if small else "wgmma", row["group_size"] != -1
+    return dataclasses.asdict(chosen_config(design, row["m"], row["n"], row["k"], per_group))
 
 
 def _keep(row: dict[str, Any], place: str, bench: Bench) -> None:

@@ -14,6 +14,8 @@ import jax
 
 PACKAGE = Path(__file__).parents[1]
 ROOT = PACKAGE.parent
+CHOOSERS = ("*_rules.py", "tuning.py")
+"""Files whose work a row shows in its "config"."""
 NUMBERS = ("numerics", "packing", "qtensor")
 OPS = {"matmul": ("w4a8_matmul",), "attention": ("paged_attention", "append_kv")}
 SHARED = ("pallas_kernels/intrinsics", *(f"quantization/{name}.py" for name in NUMBERS))
@@ -31,13 +33,13 @@ def provenance() -> dict[str, Any]:
 
 
 def kernels(op: str, package: Path = PACKAGE) -> str:
-    """A hash of the sources that the time of an operation (of OPS) depends on: by it a row of one
-    commit is known to be of another commit's kernels too."""
+    """A hash of the sources that the time of an operation (of OPS) with a given config depends on:
+    by it a row of one commit is known to be of another commit's kernels too."""
     found = hashlib.sha256()
     for source in (*(f"pallas_kernels/{name}" for name in OPS[op]), *SHARED):
         top = (package / source).resolve()  # of a link, the folder
         for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
-            if path.suffix == ".py":
+            if path.suffix == ".py" and not any(map(path.match, CHOOSERS)):
                 content = path.read_bytes()
                 found.update(f"{source} {path.relative_to(top)} {len(content)} ".encode() + content)
     return found.hexdigest()[:12]

@@ -9,12 +9,13 @@ rows        {"backend", "group_size", "m", "n", "k", "us", "bf16_us", "int8_us",
             "tops", "rel_err", "config"}: fp8_us is the fastest of the three; gbps counts the
             weights' codes and group scales once; rel_err is the norm of the difference to the
             float32 epilogue of the exact sums, over that one's norm (rounding to bf16 alone gives
-            about 1.7e-3); config is the tuned one, null where the rules chose
+            about 1.7e-3); config is how the kernel cut it, null for the reference
 
 A report may be continued by later commits: ceilings, baselines and rows each have the "commit" that
 measured them, and rows the "kernels" (`provenance.kernels`) too. Baselines need none of ours, and
 stay; a row of other kernels or another config than this checkout's is not present: when its turn
-comes, it is dropped and measured again. Files from before that had one commit for all, which their parts get when read.
+comes, it is dropped and measured again. Files from before that had one commit for all, which their
+parts get when read.
 """
 
 from __future__ import annotations

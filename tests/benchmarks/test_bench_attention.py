@@ -25,7 +25,9 @@ from qserve_jax.benchmarks.attention_error import dequantized, worst_error
 from qserve_jax.benchmarks.ceilings import NAMES
 from qserve_jax.benchmarks.matmul import Bench
 from qserve_jax.pallas_kernels import paged_attention
+from qserve_jax.pallas_kernels.paged_attention import longest_first, mosaic_decode
 from qserve_jax.pallas_kernels.paged_attention.reference import read_pages
+from qserve_jax.quantization.qtensor import KVCache
 
 SMALL = (4, 2, 64)
 START = {
@@ -70,6 +72,31 @@ def run(clock, monkeypatch, start=None, baseline="xla", cases=CASES, others=True
     bench = Bench(clock, start, lambda r: saved.append(json.dumps(r)), said.append, "attention")
     attention.run_sweep(sweep, bench)
     return bench, saved, said
+
+
+@pytest.mark.parametrize("backend", ["mosaic_sm90", "mosaic_mma"])
+@pytest.mark.parametrize("lengths", [(16384,), tuple(range(64, 4160, 64))])
+def test_a_row_s_config_is_what_the_kernel_takes(backend, lengths, monkeypatch):
+    case, chosen = Case(32, 8, 128, 4, lengths), []
+    right = mosaic_decode.choose_config
+
+    def choose(*args, **kwargs):
+        chosen.append(right(*args, **kwargs))
+        return chosen[-1]
+
+    monkeypatch.setattr(mosaic_decode, "choose_config", choose)
+    q = jax.ShapeDtypeStruct((case.batch, 32, 128), jnp.bfloat16)
+    words = jax.ShapeDtypeStruct((9, 8, 64 * 136 // 4), jnp.int32)
+    table = jax.ShapeDtypeStruct((case.batch, max(case.pages)), jnp.int32)
+    lens = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
+
+    def run(q, words, table, lens):
+        order = longest_first(lens) if case.batch > 1 else None
+        options = {"attends": "quantized", "order": order, "backend": backend}
+        return paged_attention(q, KVCache(words, 4, 128), table, lens, **options)
+
+    jax.jit(run).trace(q, words, table, lens).lower(lowering_platforms=("cuda",))
+    assert [vars(config) for config in chosen] == [attention._config(case, backend)]
 
 
 def test_rows_and_resumption(small_cache, monkeypatch):

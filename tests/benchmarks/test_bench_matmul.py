@@ -11,7 +11,7 @@ import pytest
 
 from qserve_jax.benchmarks import baselines, ceilings, matmul, plot, provenance, report
 from qserve_jax.pallas_kernels import w4a8_matmul
-from qserve_jax.pallas_kernels.w4a8_matmul.sm90_config import Sm90Config
+from qserve_jax.pallas_kernels.w4a8_matmul.sm90_rules import choose_config
 
 MEMORY = dict.fromkeys(ceilings.MEMORY, 4000.0) | {"hbm_read_max_gbps": 4400.0}
 CEILINGS = MEMORY | {"bf16_tops": 800.0, "int8_tops": 1600.0}
@@ -97,12 +97,19 @@ def test_rows_of_other_kernels_are_measured_again_and_baselines_stay(kernels):
 
 def test_a_row_of_another_config_is_measured_again(monkeypatch):
     first, _, _ = run(FakeClock(10.0), make_report(), group_sizes=(128,))
-    tuned = Sm90Config(64, 2, 1, 4, 1)
-    wanted = {("mma", 3, N, K, True): tuned}
-    monkeypatch.setattr(matmul, "tuned_config", lambda *key: wanted.get(key))
+    other = {"tokens": 64}
+    monkeypatch.setattr(matmul, "_config", lambda row: other if row["m"] == 3 else None)
     bench, _, _ = run(FakeClock(20.0), first.report, group_sizes=(128,))
     found = [(r["m"], r["us"], r["config"]) for r in bench.report["rows"]]
-    assert found == [(1, 10.0, None), (3, 20.0, vars(tuned))]
+    assert found == [(1, 10.0, None), (3, 20.0, other)]
+
+
+def test_configs_are_those_of_the_kernels():
+    row = {"backend": "mosaic_sm90", "group_size": 128, "m": 64, "n": 4096, "k": 4096}
+    assert matmul._config(row) == vars(choose_config(64, 4096, 4096, True))
+    few = matmul._config(row | {"m": 32})
+    assert few == matmul._config(row | {"m": 32, "backend": "mosaic_mma"})
+    assert few and "row_warps" in few
 
 
 def test_a_row_of_other_kernels_does_not_outlive_a_failure():
@@ -138,7 +145,7 @@ def test_the_kernels_are_the_contents_of_their_files(tmp_path):
     assert len(set(found)) == 5 and all(re.fullmatch("[0-9a-f]{12}", name) for name in found)
     for other in ("quantization/params.py", "pallas_kernels/w4a8_matmul/b.pyc"):
         assert write(other, "d") == found[-1]
-    for other in ("paged_attention/f.py", "w4a8_matmul/tuned/g.json"):
+    for other in ("paged_attention/f.py", "w4a8_matmul/any_rules.py", "w4a8_matmul/tuning.py"):
         assert write(f"pallas_kernels/{other}", "d") == found[-1]
     (tmp_path / "package" / "pallas_kernels").rename(tmp_path / "kernels")
     (tmp_path / "package" / "pallas_kernels").symlink_to("../kernels")

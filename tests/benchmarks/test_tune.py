@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import types
 
 import pytest
 
 from qserve_jax.benchmarks import tune
-from qserve_jax.pallas_kernels.w4a8_matmul import sm90_config, sm90_tiles
 from scripts import tune_kernels
 
 
@@ -71,25 +69,3 @@ def test_entries_replace_their_like(tmp_path):
     content = json.loads(path.read_text())
     assert [(e["m"], e["us"]) for e in content["entries"]] == [(8, 2.0), (16, 1.5)]
     assert set(content) == {"device", "jax", "commit", "entries"}
-
-
-def test_prepared_configs_can_run_and_are_not_the_heuristic_s():
-    args = types.SimpleNamespace(group_size=[128, -1])
-    cases = list(tune_kernels.prepared_cases(args))  # pyright: ignore[reportArgumentType]
-    assert len(cases) == 2 * len(tune_kernels.PREPARED)
-    for _, m, n, k, group_size, _, configs in cases:
-        chosen = sm90_config.choose_config(m, n, k, group_size == 128)
-        assert len({chosen, *configs}) == 1 + len(configs)
-        for config in configs:
-            sm90_config.check_config(config, m, n, group_size == 128)
-            assert sm90_tiles.cut(config, m, n).last == config.last
-
-
-def test_only_what_is_prepared_is_measured():
-    def measure(configs):
-        return [{"start": 5.0, "slow": 6.0, "fast": 4.0}.get(c) for c in configs]
-
-    assert tune.best_of("start", ["slow", "fast", "broken"], measure) == ("fast", 4.0, 5.0)
-    assert tune.best_of("start", ["slow", "broken"], measure) == ("start", 5.0, 5.0)
-    with pytest.raises(RuntimeError, match="broken, the heuristic's choice, gives no time"):
-        tune.best_of("broken", ["fast"], measure)

@@ -15,6 +15,7 @@ from qserve_jax.pallas_kernels import append_kv, intrinsics, paged_attention
 from qserve_jax.pallas_kernels.paged_attention import (
     decode_codes,
     decode_config,
+    decode_rules,
     longest_first,
     mosaic_sm90,
 )
@@ -93,7 +94,7 @@ def test_shapes_lower_for_cuda_and_read_the_layer_in_place(backend, bits, shape)
 def test_every_shape_lowers(backend, bits, shape):
     for b, context in itertools.product(BATCHES, (1024, 16384)):
         p = problem(b, shape, context // 64, bits)
-        chosen = decode_config.choose_config(p, clusters=backend == "mosaic_sm90")
+        chosen = decode_rules.choose_config(p, clusters=backend == "mosaic_sm90")
         text = lower_decode(backend, bits, shape, b, context // 64)
         check_lowered(text, splits=chosen.splits > 1)
 
@@ -237,24 +238,26 @@ def problem(b, shape, pages, bits=4, **changes):
 def test_every_choice_can_run(shape, bits):
     for b, pages, clusters in itertools.product(BATCHES, (1, 16, 64, 256, 2048), (True, False)):
         p = problem(b, shape, pages, bits)
-        config = decode_config.choose_config(p, clusters=clusters)
+        config = decode_rules.choose_config(p, clusters=clusters)
         decode_config.check_config(p, config)
         assert config.cluster == 1 or clusters
         assert config.workers <= pages  # none without a page, if the table is full
-        assert 1 in (config.cluster, config.splits) or config.cluster * config.splits > 8
+        assert 1 in (config.cluster, config.splits)
         blocks = b * p.head_blocks
-        assert config.alone or blocks * config.cluster * config.splits <= decode_config.SMS
-        if blocks >= decode_config.FEW_BLOCKS:
+        assert config.alone or blocks * config.cluster * config.splits <= decode_rules.SMS
+        if blocks >= decode_rules.FEW_BLOCKS:
             assert config == DecodeConfig(config.stages)
 
 
 def test_choices_for_llama_3_8b():
     def choose(b, pages, bits=4, **changes):
         p = problem(b, SHAPES[0], pages, bits, **changes)
-        return decode_config.choose_config(p, clusters=True)
+        return decode_rules.choose_config(p, clusters=True)
 
     assert choose(64, 64) == DecodeConfig(3)  # three pages of 8.7 KB in each of four blocks an SM
-    assert choose(64, 64, 8) == DecodeConfig(3) and choose(64, 64, 16) == DecodeConfig(2)
+    assert choose(64, 64, 8) == DecodeConfig(3) and choose(64, 64, 16) == DecodeConfig(3)
+    assert choose(64, 64, ordered=True) == DecodeConfig(3, 2)  # what waits is balanced
+    assert choose(64, 24, ordered=True) == choose(128, 64, ordered=True) == DecodeConfig(3)
     assert choose(32, 64) == DecodeConfig(3, 2)
     assert choose(16, 16) == choose(16, 24) == DecodeConfig(3, 2)
     assert choose(16, 64) == DecodeConfig(3, 4)
@@ -262,9 +265,9 @@ def test_choices_for_llama_3_8b():
     assert choose(1, 4) == DecodeConfig(3, 1, 2)
     assert choose(1, 16) == DecodeConfig(3, 1, 8)  # two pages for each of eight blocks
     assert choose(1, 64) == DecodeConfig(3, 2, 8)
-    assert choose(1, 256) == DecodeConfig(3, 2, 4, 4)
+    assert choose(1, 256) == DecodeConfig(3, 2, 1, 16)
     assert choose(2, 256) == DecodeConfig(3, 4, 8)  # splits would fill no more of the GPU
-    assert choose(1, 2048) == DecodeConfig(3, 4, 4, 4)
+    assert choose(1, 2048) == DecodeConfig(3, 4, 1, 16)
     assert choose(1, 2048, window=1000) == DecodeConfig(3, 1, 8)  # 17 pages at most
 
 

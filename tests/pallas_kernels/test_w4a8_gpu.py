@@ -19,7 +19,7 @@ from qserve_jax.pallas_kernels.w4a8_matmul import (
     layout,
     mosaic_mma,
     mosaic_sm90,
-    sm90_config,
+    sm90_rules,
     to_kernel_layout,
 )
 from qserve_jax.pallas_kernels.w4a8_matmul.mma_config import MmaConfig
@@ -129,16 +129,16 @@ def test_sums_are_exact_for_random_and_extreme_codes(can_run, per_group, n, k, r
 
 
 @every_kind
-@pytest.mark.parametrize("m, n, last", CUT)
-def test_last_rounds_that_the_heuristic_cuts(can_run, per_group, m, n, last, rng):
-    """Through choose_config: exact sums, and the outputs that follow from them."""
+@pytest.mark.parametrize("m, n, k", CUT)
+def test_every_cut_that_the_rules_choose(can_run, per_group, m, n, k, rng):
+    """With less of K, and tokens missing in the last tile: exact sums, and outputs from them."""
     can_run("mosaic_sm90")
-    assert sm90_config.choose_config(m, n, 640, per_group).last == last
-    w, x = make_packed(per_group, rng, n, 640), make_activation(rng, m, 640)
+    config = sm90_rules.choose_config(m, n, k, per_group)
+    w, x = make_packed(per_group, rng, n, 640), make_activation(rng, m - 3, 640)
     expected = exact_sums(x, w, 1)
-    run = jax.jit(functools.partial(sums, "mosaic_sm90"))
-    np.testing.assert_array_equal(run(x, w, jnp.int32(1)), expected)
-    y = jax.jit(lambda x, w, i: w4a8_matmul(x, w, layer=i, backend="mosaic_sm90"))(x, w, 1)
+    run = jax.jit(functools.partial(mosaic_sm90.matmul, config=config), static_argnames="out_dtype")
+    np.testing.assert_array_equal(run(x, w, layer=1, out_dtype=jnp.int32), expected)
+    y = run(x, w, layer=1)
     one = layout.take_layer(w, 1)
     np.testing.assert_array_equal(y, expected_output(x, one, jnp.bfloat16, sums=expected))
 

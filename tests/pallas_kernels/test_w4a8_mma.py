@@ -15,6 +15,7 @@ from qserve_jax.pallas_kernels import backend, intrinsics, prepare, w4a8_matmul
 from qserve_jax.pallas_kernels.w4a8_matmul import (
     layout,
     mma_config,
+    mma_rules,
     mosaic_mma,
     reference,
     to_kernel_layout,
@@ -92,7 +93,7 @@ def test_every_shape_lowers_with_every_number_of_tokens(per_group, n, k):
 @pytest.mark.parametrize("n, k", [*SHAPES, *SMALL_SHAPES])
 def test_the_heuristic_fits_every_shape(n, k):
     for m in TOKENS:
-        chosen = mma_config.choose_config(m, n, k)
+        chosen = mma_rules.choose_config(m, n, k)
         for per_group in (True, False):
             mma_config.check_config(chosen, k, per_group)
         assert chosen.tokens < max(2 * m, 9)  # no block is mostly beyond the tokens

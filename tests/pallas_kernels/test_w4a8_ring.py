@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from qserve_jax.pallas_kernels.w4a8_matmul import mosaic_sm90, sm90_thread, sm90_tiles
-from qserve_jax.pallas_kernels.w4a8_matmul.sm90_config import Sm90Config, choose_config
+from qserve_jax.pallas_kernels.w4a8_matmul.sm90_config import Sm90Config
+from qserve_jax.pallas_kernels.w4a8_matmul.sm90_rules import choose_config
 from tests.pallas_kernels.w4a8_cases import SHAPES
 
 BASE = 4096  # where shared memory begins

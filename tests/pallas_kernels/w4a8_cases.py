@@ -27,10 +27,13 @@ SHAPES = [
     *[(59136, 8192), (8192, 29568)],  # Qwen2.5-72B
 ]
 SMALL_SHAPES = [(64, 128), (192, 384)]
-CUT = [  # m, n, last: every kind of last round that the wgmma heuristic cuts at SHAPES and TOKENS
-    *[(253, 4608, 1), (61, 37888, 1), (125, 37888, 1), (509, 10240, 1), (1021, 22016, 1)],
-    *[(1021, 6144, 2), (509, 37888, 2)],
-    *[(61, 12288, 3), (125, 12288, 3), (509, 6144, 3), (253, 28672, 3)],
+CUT = [  # m, n, k: every kind of cut that the wgmma rules choose at SHAPES and TOKENS
+    *[(m, 4096, 4096) for m in (64, 128, 256, 512, 1024)],
+    *[(m, 28672, 4096) for m in (64, 128, 256, 512, 1024)],
+    *[(m, 22016, 4096) for m in (64, 128, 1024)],
+    *[(m, 4608, 3584) for m in (256, 512, 1024, 4096)],
+    *[(m, 37888, 3584) for m in (64, 128, 256)],
+    *[(256, 6144, 4096), (512, 6144, 4096), (64, 12288, 4096), (64, 10240, 8192)],
 ]
 every_kind = pytest.mark.parametrize("per_group", [True, False], ids=["per-group", "per-channel"])
 

@@ -16,6 +16,7 @@ from qserve_jax.pallas_kernels.w4a8_matmul import (
     mma_config,
     mosaic_mma,
     sm90_config,
+    sm90_tiles,
     to_kernel_layout,
 )
 from qserve_jax.quantization.qtensor import Int8Activation, Source, W4PerGroup
@@ -308,6 +309,6 @@ def test_sanitized_configs_can_run():
                 mma_config.check_config(config, sanitize_kernels.K, per_group)
             else:
                 sm90_config.check_config(config, m, n, per_group)
-                clusters, tiles = sm90_config.grid(config, m, n)
+                clusters, tiles = sm90_tiles.grid(config, m, n)
                 traits |= {(config.k_warpgroups, config.cluster, tiles > clusters)}
     assert {(1, 1, True), (1, 1, False), (4, 1, False), (1, 2, False), (4, 2, True)} <= traits

@@ -1,6 +1,6 @@
 """Which implementation of an operation runs: by argument, by environment, or the first that can.
 
-And the check of `layer` that the operations share.
+And the checks of dtypes and of `layer` that the operations share.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
 
 BACKENDS = ("mosaic_sm90", "mosaic_mma", "reference")
@@ -98,6 +99,20 @@ def dispatch(
         except NotImplementedError as error:
             refusal = error
     raise refusal or NotImplementedError(f"{op}: no backend")
+
+
+def check_integers(**arrays: Any) -> None:
+    """ValueError unless every array that is given is of integers."""
+    for name, x in arrays.items():
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"{name} is {x.dtype}, which is no integer: cast it to int32")
+
+
+def check_floats(**arrays: Any) -> None:
+    """ValueError unless every array that is given is of floats."""
+    for name, x in arrays.items():
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} is {x.dtype}, which is no float: cast it to bfloat16")
 
 
 def check_layer(layer: Any, name: str, shape: tuple[int, ...], stacked: bool) -> None:

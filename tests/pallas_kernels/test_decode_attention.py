@@ -344,7 +344,8 @@ def test_refusals(rng):
     refuses("pages of 32 tokens, but the kernel takes 64", **case | {"cache": short})
     none = dataclasses.replace(case["cache"], pages=case["cache"].pages[:, :0])
     refuses("a cache without pages, but the kernel takes at least 1", **case | {"cache": none})
-    refuses("q of int32, but the kernel takes one of", **case | {"q": case["q"].astype(jnp.int32)})
+    tiny = case["q"].astype(jnp.float8_e4m3fn)
+    refuses("q of float8_e4m3fn, but the kernel takes one of", **case | {"q": tiny})
 
 
 def test_decode_refuses_several_tokens(rng):

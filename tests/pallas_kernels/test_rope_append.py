@@ -240,8 +240,16 @@ def test_refusals(rng):
         call([qkv], cos, sin, cache, slots, center=jnp.zeros(64))
     with pytest.raises(ValueError, match="layer=5 but the cache pages have layers"):
         call([qkv], cos, sin, cache, slots, layer=5)
-    with pytest.raises(NotImplementedError, match=r"q, k and v are \['int32'\], but the append"):
+    with pytest.raises(ValueError, match="qkv is int32, which is no float: cast it to bfloat16"):
         call([qkv.astype(jnp.int32)], cos, sin, cache, slots)
+    with pytest.raises(ValueError, match=r"qkv of shape \(2, 4, 64\) is an array: give \[q, k"):
+        call(qkv, cos, sin, cache, slots)
+    with pytest.raises(ValueError, match=r"q, k and v \[\(2,\)\] must be"):
+        call([cos[:, 0]], cos, sin, cache, slots)
+    with pytest.raises(ValueError, match=r"slot_mapping \(2, 1\) must be \[tokens\]: reshape it"):
+        call([qkv], cos, sin, cache, slots[:, None])
+    with pytest.raises(NotImplementedError, match=r"q, k and v are \['float8_e4m3fn'\], but the"):
+        call([qkv.astype(jnp.float8_e4m3fn)], cos, sin, cache, slots)
     with pytest.raises(NotImplementedError, match="no tokens"):
         call([qkv[:0]], cos[:0], sin[:0], cache, slots[:0])
 

@@ -58,6 +58,7 @@ def append_kv(
     k, v: float[tokens, K, H]; slot_mapping: i32[tokens], slot = page * page_size + offset.
     A slot of -1, or one outside the cache, writes nothing. Two tokens must not share a slot.
     layer: the layer of a stacked cache. Donate the cache to have it updated in place.
+    Under shard_map the kernels need check_vma=False; else the reference runs.
 
     Raises ValueError when shapes or dtypes do not fit, or on a layer that the cache does not have.
     """

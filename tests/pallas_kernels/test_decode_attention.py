@@ -222,6 +222,21 @@ def test_shard_map_over_kv_heads(name, check_vma):
     assert "memref<32x4096x4x2176xi32" in mosaic_module(lower(mapped, *args))[1]
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_kernels_have_no_derivative_and_say_so(name, rng):
+    """Rather than leave it to the next backend: q is the operand that is differentiated."""
+    case = make_case(rng, [3], h=64, attends="quantized").arguments
+    q = case.pop("q").astype(jnp.float32)
+
+    def loss(q):
+        return paged_attention(q, **case, backend=name).sum()
+
+    with pytest.raises(TypeError, match="paged_attention_kv4_.* has no derivative: differentiate"):
+        jax.grad(loss)(q)
+    with pytest.raises(TypeError, match="paged_attention_kv4_.* has no derivative: differentiate"):
+        jax.jit(jax.grad(loss)).trace(q)
+
+
 # How it is cut
 
 

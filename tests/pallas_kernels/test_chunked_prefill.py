@@ -112,6 +112,19 @@ def test_chunks_equal_one_shot(rng):
     assert change[16, "full"] < 1e-6 and change[4, "full"] > 1e-2
 
 
+@pytest.mark.slow
+def test_8192_tokens_change_by_what_the_docs_say(rng):
+    """docs/architecture.md, "What chunks cost"."""
+    prompt = make_prompt(rng, 8192, 4, 1, 128, jnp.float32)
+    cases = [(4, "full"), (8, "full"), (16, "full")]
+    change = check(rng, prompt, 1024, "reference", 1e-6, cases)
+    assert change == {
+        (4, "full"): pytest.approx(1.05e-2, rel=0.05),
+        (8, "full"): pytest.approx(6.1e-4, rel=0.05),
+        (16, "full"): 0,
+    }
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["mosaic_sm90", "mosaic_mma"])
 def test_8192_tokens_in_chunks_of_1024(name, rng):

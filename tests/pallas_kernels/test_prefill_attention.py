@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from qserve_jax.pallas_kernels import backend, paged_attention
 from qserve_jax.pallas_kernels.paged_attention import (
@@ -142,6 +143,32 @@ def test_mosaic_mma_has_no_instruction_of_hopper():
     arch, text = mosaic_module(lower(2, 1024, 32, 8, 128, 4, 128, name="mosaic_mma").as_text())
     assert arch == (8, 0) and "mma.sync.aligned.m16n8k16" in text
     assert not re.search(HOPPER, text)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", ["mosaic_sm90", "mosaic_mma"])
+def test_shard_map_over_kv_heads(name, check_vma):
+    """Each of two devices has half of the heads of q, of the cache and of the new tokens."""
+    mesh = jax.make_mesh((2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+    heads = P(None, None, "heads")
+
+    def run(q, pages, table, lens, new, layer):
+        more = {"new_k": new, "new_v": new, "layer": layer, "backend": name}
+        return paged_attention(q, KVCache(pages, 4, 128), table, lens, **more)
+
+    in_specs = (heads, heads, P(), P(), heads, P())
+    specs: Any = {"mesh": mesh, "in_specs": in_specs, "out_specs": heads}
+    mapped = jax.shard_map(run, **specs, check_vma=check_vma)
+    q, new, pages = (
+        shape((2, 96, 16, 128)),
+        shape((2, 96, 4, 128)),
+        shape((3, 40, 4, 2176), "int32"),
+    )
+    lens = shape((2,), "int32")
+    arguments = (q, pages, shape((2, 8), "int32"), lens, new, shape((), "int32"))
+    assert jax.eval_shape(mapped, *arguments) == q
+    text = jax.jit(mapped).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "memref<3x40x2x2176xi32" in mosaic_module(text)[1]
 
 
 @pytest.mark.parametrize("window", [None, 4096])

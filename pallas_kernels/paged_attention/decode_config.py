@@ -1,4 +1,5 @@
-"""How decode attention is cut into blocks, by rules that read shapes only, so also under jit.
+"""How decode attention is cut into blocks, by rules that read shapes only, so also under jit;
+and how much shared memory the GPU has.
 
 A worker is a warpgroup with a ring of pages of its own. The workers of a (row, KV head) take its
 pages in turn: `warpgroups` in a block, `cluster` blocks that add up in each other's shared memory
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+from qserve_jax.pallas_kernels.backend import default_device
 from qserve_jax.pallas_kernels.paged_attention.decode_problem import COLUMNS, PAGE, Problem
 
 SMS = 132
@@ -19,6 +21,7 @@ FEW_BLOCKS = 2 * SMS
 RING_BYTES = 26_112
 """Pages under way for each worker: three of 4 bits and head_dim 128, four workers an SM."""
 SHARED_LIMIT = 232_448
+"""Bytes of a block on Hopper."""
 PAGES_EACH = 2
 """Pages that a block should have at least, where the table is that wide."""
 WARPGROUP_PAGES = {2: 8, 4: 32}
@@ -68,9 +71,14 @@ def choose_config(p: Problem, *, clusters: bool) -> DecodeConfig:
     for warpgroups in (4, 2):
         config = DecodeConfig(stages, warpgroups, cluster, splits)
         enough = wanted >= warpgroups and mine >= WARPGROUP_PAGES[warpgroups]
-        if enough and shared_memory(p, config).size <= SHARED_LIMIT:
+        if enough and shared_memory(p, config).size <= shared_limit():
             return config
     return DecodeConfig(stages, 1, cluster, splits)
+
+
+def shared_limit() -> int:
+    """Bytes of a block on the GPU that JAX computes on; Hopper's where it computes on none."""
+    return getattr(default_device(), "shared_memory_per_block_optin", SHARED_LIMIT)
 
 
 def _spread(room: int, pages: int, clusters: bool) -> tuple[int, int]:
@@ -90,13 +98,13 @@ def _power_of_two(limit: int) -> int:
 
 def check_config(p: Problem, config: DecodeConfig) -> None:
     """Raises ValueError on a config that cannot run."""
-    size = shared_memory(p, config).size
+    size, limit = shared_memory(p, config).size, shared_limit()
     for wrong, why in (
         (config.stages < 2, "stages must be at least 2"),
         (config.warpgroups not in (1, 2, 4), "warpgroups must be 1, 2 or 4"),
         (config.cluster not in (1, 2, 4, 8), "cluster must be 1, 2, 4 or 8"),
         (config.splits < 1, "splits must be at least 1"),
-        (size > SHARED_LIMIT, f"takes {size} bytes of shared memory, at most {SHARED_LIMIT}"),
+        (size > limit, f"takes {size} bytes of shared memory, at most {limit}"),
     ):
         if wrong:
             raise ValueError(f"{config} cannot run: {why}")

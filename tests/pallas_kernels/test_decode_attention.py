@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+import types
 from typing import Any
 
 import jax
@@ -264,6 +265,20 @@ def test_every_choice_can_run(shape, bits):
         assert config.alone or blocks * config.cluster * config.splits <= decode_config.SMS
         if blocks >= decode_config.FEW_BLOCKS:
             assert config == DecodeConfig(config.stages)
+
+
+@pytest.mark.parametrize("limit", [99 * 1024, 163 * 1024])
+def test_choices_fit_smaller_gpus(limit, monkeypatch):
+    """Of compute capability 8.6 and 8.9, and 8.0."""
+    gpu = types.SimpleNamespace(shared_memory_per_block_optin=limit)
+    monkeypatch.setattr(decode_config, "default_device", lambda: gpu)
+    for shape, bits, b, pages in itertools.product(SHAPES, (4, 8, 16), BATCHES, (16, 64, 2048)):
+        p = problem(b, shape, pages, bits)
+        config = decode_config.choose_config(p, clusters=False)
+        decode_config.check_config(p, config)
+        assert decode_config.shared_memory(p, config).size <= limit
+    with pytest.raises(ValueError, match=f"bytes of shared memory, at most {limit}"):
+        decode_config.check_config(p, DecodeConfig(6, 4))
 
 
 def test_choices_for_llama_3_8b():

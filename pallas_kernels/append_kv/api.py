@@ -7,9 +7,9 @@ from typing import Any
 
 from qserve_jax.pallas_kernels.append_kv import reference
 from qserve_jax.pallas_kernels.backend import (
+    check_cache,
     check_floats,
     check_integers,
-    check_layer,
     dispatch,
     usable,
 )
@@ -62,11 +62,11 @@ def append_kv(
 
     Raises ValueError when shapes or dtypes do not fit, or on a layer that the cache does not have.
     """
+    check_cache(cache, layer)
     expected = (_count_tokens(slot_mapping), cache.num_kv_heads, cache.head_dim)
     if k.shape != expected or v.shape != expected:
         raise ValueError(f"k {k.shape} and v {v.shape} must be [tokens, K, H] = {expected}")
     check_floats(k=k, v=v)
-    check_layer(layer, "cache pages", cache.pages.shape, cache.stacked)
     return _run("append", backend, cache, k, v, slot_mapping, layer=layer)
 
 
@@ -94,6 +94,7 @@ def rope_append_kv(
 
     Raises ValueError when shapes or dtypes do not fit, or on a layer that the cache does not have.
     """
+    check_cache(cache, layer)
     tokens, kv_heads, h = _count_tokens(slot_mapping), cache.num_kv_heads, cache.head_dim
     if isinstance(qkv, Array):
         raise ValueError(f"qkv of shape {qkv.shape} is an array: give [q, k, v], or [qkv] of one")
@@ -112,6 +113,5 @@ def rope_append_kv(
         raise ValueError(f"cos {cos.shape} and sin {sin.shape} must be {(tokens, h // 2)}")
     if center is not None and center.shape != (kv_heads, h):
         raise ValueError(f"center {center.shape} must be [K, H] = {(kv_heads, h)}")
-    check_layer(layer, "cache pages", cache.pages.shape, cache.stacked)
     options = {"center": center, "layer": layer}
     return _run("rope_append", backend, qkv, cos, sin, cache, slot_mapping, **options)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qserve_jax.pallas_kernels.backend import (
+    check_cache,
     check_floats,
     check_integers,
-    check_layer,
     dispatch,
     usable,
 )
@@ -55,11 +55,11 @@ def _check(
         raise ValueError(f"attends={attends!r} is unknown: use one of {ATTENDS}")
     if q.ndim != 4:
         raise ValueError(f"q has shape {q.shape}: it must be [B, T, N, H] or [B, N, H]")
+    check_cache(cache, layer)
     b, t, n, h = q.shape
     k = cache.num_kv_heads
     if h != cache.head_dim or n % k:
         raise ValueError(f"q {q.shape} does not fit a cache of {k} heads of {cache.head_dim}")
-    check_layer(layer, "cache pages", cache.pages.shape, cache.stacked)
     if block_table.shape[:1] != (b,) or block_table.ndim != 2 or context_lens.shape != (b,):
         raise ValueError(
             f"block_table {block_table.shape} and context_lens {context_lens.shape} must be "

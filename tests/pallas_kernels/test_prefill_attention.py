@@ -185,6 +185,14 @@ def test_fresh_prompts_are_cudnn_s(window, monkeypatch):
     assert "mosaic_gpu" not in text and "1024x1024" not in text
 
 
+def test_no_rows_are_not_cudnn_s(rng):
+    """Which plans no graph without elements; the reference has nothing to do."""
+    q, k = np.zeros((2, 5, 4, 64), np.float16), np.zeros((2, 5, 2, 64), np.float16)
+    table = np.zeros((2, 0), np.int32)
+    assert cudnn_prefill.takes(q, table, k, "full", None)  # pyright: ignore[reportArgumentType]
+    assert not cudnn_prefill.takes(q[:0], table[:0], k[:0], "full", None)  # pyright: ignore
+
+
 def test_refusals(rng):
     made = make_case(rng, [70], [3], 2, 1, 64, 4)
     call = functools.partial(made.call, backend="mosaic_sm90")

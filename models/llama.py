@@ -315,12 +315,14 @@ def cached_attention(
 
 
 def slot_mapping(block_table: Array, positions: Array, valid: Array, page_size: int) -> Array:
-    """Cache slots i32[B * T] of tokens at `positions` i32[B, T]; -1 where not valid or no page."""
+    """Cache slots i32[B * T] of tokens at `positions` i32[B, T]; -1 where not valid or no page, or
+    one whose slots int32 does not hold."""
     index = positions // page_size
     valid &= (positions >= 0) & (index < block_table.shape[1])
     page = jnp.take_along_axis(block_table, jnp.where(valid, index, 0), axis=1)
     slot = page * page_size + positions % page_size
-    return jnp.where(valid & (page >= 0), slot, -1).reshape(-1)
+    exists = (page >= 0) & (page <= 2**31 // page_size - 1)
+    return jnp.where(valid & exists, slot, -1).reshape(-1)
 
 
 def check_inputs(

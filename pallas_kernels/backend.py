@@ -1,6 +1,6 @@
 """Which implementation of an operation runs: by argument, by environment, or the first that can.
 
-And the check of `layer` that the operations share.
+And the checks of dtypes, of caches and of `layer` that the operations share.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
+
+from qserve_jax.quantization.qtensor import KVCache, kv_bytes_per_token
 
 BACKENDS = ("mosaic_sm90", "mosaic_mma", "reference")
 """All backend names, fastest first. An operation need not have all of them."""
@@ -98,6 +101,39 @@ def dispatch(
         except NotImplementedError as error:
             refusal = error
     raise refusal or NotImplementedError(f"{op}: no backend")
+
+
+def check_integers(**arrays: Any) -> None:
+    """ValueError unless every array that is given is of integers."""
+    for name, x in arrays.items():
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"{name} is {x.dtype}, which is no integer: cast it to int32")
+
+
+def check_floats(**arrays: Any) -> None:
+    """ValueError unless every array that is given is of floats."""
+    for name, x in arrays.items():
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} is {x.dtype}, which is no float: cast it to bfloat16")
+
+
+def check_cache(cache: KVCache, layer: Any) -> None:
+    """ValueError unless the pages are of the cache's bits and head_dim, and have the layer."""
+    pages, bits, h = cache.pages, cache.bits, cache.head_dim
+    if bits not in (4, 8, 16):
+        raise ValueError(f"a cache of {bits=} is none: use 4, 8 or 16")
+    if bits == 16:
+        fits = pages.ndim in (5, 6) and (pages.shape[-3], pages.shape[-1]) == (2, h)
+        fits &= jnp.issubdtype(pages.dtype, jnp.floating)
+    else:
+        words = 4 * pages.shape[-1] % kv_bytes_per_token(h, bits) == 0
+        fits = pages.ndim in (3, 4) and words and pages.dtype == jnp.int32
+    if not fits:
+        found = f"{pages.dtype.name}{list(pages.shape)}"
+        raise ValueError(
+            f"pages {found} hold no {bits}-bit cache of head_dim {h}: make them as init_cache does"
+        )
+    check_layer(layer, "cache pages", pages.shape, cache.stacked)
 
 
 def check_layer(layer: Any, name: str, shape: tuple[int, ...], stacked: bool) -> None:

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from qserve_jax.pallas_kernels.append_kv import reference
-from qserve_jax.pallas_kernels.backend import check_layer, dispatch, usable
+from qserve_jax.pallas_kernels.backend import (
+    check_cache,
+    check_floats,
+    check_integers,
+    dispatch,
+    usable,
+)
 from qserve_jax.quantization.qtensor import Array, KVCache
 
 
@@ -31,6 +37,13 @@ def _run(function: str, backend: str | None, *args: Any, **kwargs: Any) -> Any:
     return dispatch("append_kv", there, backend, *args, **kwargs)
 
 
+def _count_tokens(slot_mapping: Array) -> int:
+    if slot_mapping.ndim != 1:
+        raise ValueError(f"slot_mapping {slot_mapping.shape} must be [tokens]: reshape it")
+    check_integers(slot_mapping=slot_mapping)
+    return slot_mapping.shape[0]
+
+
 def append_kv(
     cache: KVCache,
     k: Array,
@@ -45,13 +58,15 @@ def append_kv(
     k, v: float[tokens, K, H]; slot_mapping: i32[tokens], slot = page * page_size + offset.
     A slot of -1, or one outside the cache, writes nothing. Two tokens must not share a slot.
     layer: the layer of a stacked cache. Donate the cache to have it updated in place.
+    Under shard_map the kernels need check_vma=False; else the reference runs.
 
-    Raises ValueError when shapes do not fit, or on a layer that the cache does not have.
+    Raises ValueError when shapes or dtypes do not fit, or on a layer that the cache does not have.
     """
-    expected = (slot_mapping.shape[0], cache.num_kv_heads, cache.head_dim)
+    check_cache(cache, layer)
+    expected = (_count_tokens(slot_mapping), cache.num_kv_heads, cache.head_dim)
     if k.shape != expected or v.shape != expected:
         raise ValueError(f"k {k.shape} and v {v.shape} must be [tokens, K, H] = {expected}")
-    check_layer(layer, "cache pages", cache.pages.shape, cache.stacked)
+    check_floats(k=k, v=v)
     return _run("append", backend, cache, k, v, slot_mapping, layer=layer)
 
 
@@ -77,21 +92,26 @@ def rope_append_kv(
     cache. What is stored is `append_kv` of these k and v bit for bit. Backends may round q and k
     the other way, because XLA contracts a product and a sum where it likes.
 
-    Raises ValueError when shapes do not fit, or on a layer that the cache does not have.
+    Raises ValueError when shapes or dtypes do not fit, or on a layer that the cache does not have.
     """
-    tokens, kv_heads, h = slot_mapping.shape[0], cache.num_kv_heads, cache.head_dim
+    check_cache(cache, layer)
+    tokens, kv_heads, h = _count_tokens(slot_mapping), cache.num_kv_heads, cache.head_dim
+    if isinstance(qkv, Array):
+        raise ValueError(f"qkv of shape {qkv.shape} is an array: give [q, k, v], or [qkv] of one")
     shapes = [x.shape for x in qkv]
-    heads = shapes[0][1] - (2 * kv_heads if len(qkv) == 1 else 0) if shapes else 0
+    first = shapes[0] if shapes else ()
+    heads = (first[1] if len(first) == 3 else 0) - (2 * kv_heads if len(qkv) == 1 else 0)
     rows = [heads, kv_heads, kv_heads] if len(qkv) == 3 else [heads + 2 * kv_heads]
     if heads < 1 or shapes != [(tokens, count, h) for count in rows]:
         raise ValueError(
             f"q, k and v {shapes} must be [tokens, N, H] and twice [tokens, K, H], or one "
             f"[tokens, N + 2K, H], with tokens={tokens}, K={kv_heads}, H={h}"
         )
+    for x in qkv:
+        check_floats(qkv=x)
     if cos.shape != (tokens, h // 2) or sin.shape != cos.shape:
         raise ValueError(f"cos {cos.shape} and sin {sin.shape} must be {(tokens, h // 2)}")
     if center is not None and center.shape != (kv_heads, h):
         raise ValueError(f"center {center.shape} must be [K, H] = {(kv_heads, h)}")
-    check_layer(layer, "cache pages", cache.pages.shape, cache.stacked)
     options = {"center": center, "layer": layer}
     return _run("rope_append", backend, qkv, cos, sin, cache, slot_mapping, **options)

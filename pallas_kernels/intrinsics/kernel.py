@@ -42,7 +42,8 @@ def launch(
     arch: the compute capability to lower for, see `architecture`; None for the GPU's. With one
       output only.
 
-    Raises TypeError under jax.grad; ValueError where it is compiled for no NVIDIA GPU.
+    Raises TypeError under jax.grad; ValueError where it is compiled for no NVIDIA GPU;
+    NotImplementedError with `updated` under a shard_map that checks which axes values vary over.
     """
     ref = plgpu.RefType()
 
@@ -68,7 +69,8 @@ def launch(
         reduction_scratch_bytes=0,
     )
     if updated:
-        operands = _without_derivative(lambda *x: x, name)(*inputs, *updated)
+        _check_unchecked(updated, name)
+        operands = _for_gpus_without_derivative(lambda *x: x, name)(*inputs, *updated)
         fixed, changed = operands[: len(inputs)], operands[len(inputs) :]
         return _update(kernel, fixed, changed, out, scratch, shape, params)
     call = plgpu.kernel(
@@ -78,8 +80,7 @@ def launch(
         call = lowered_for(arch, call, out)
     if arch is not None or with_context:  # a tensor map has the operand's own rank
         call = jax.custom_batching.sequential_vmap(call)
-    first, *others = inputs
-    return _without_derivative(call, name)(for_gpus(first, name), *others)
+    return _for_gpus_without_derivative(call, name)(*inputs)
 
 
 def _update(
@@ -100,9 +101,19 @@ def _update(
     return [*call(*fixed, *refs), *map(jax.freeze, refs)]
 
 
-def _without_derivative(call: Callable, name: str) -> Callable:
-    """The call, which says under jax.grad that it has none."""
-    wrapped = jax.custom_jvp(call)
+def _check_unchecked(updated: Sequence[jax.Array], name: str) -> None:
+    """JAX passes no reference to a kernel that is known to vary over axes of a mesh."""
+    axes = {axis for x in updated for axis in jax.typeof(x).manual_axis_type.varying}
+    if axes:
+        raise NotImplementedError(
+            f"{name} writes in place to what varies over {sorted(axes)}, which JAX cannot check: "
+            "use shard_map(..., check_vma=False)"
+        )
+
+
+def _for_gpus_without_derivative(call: Callable, name: str) -> Callable:
+    """The call, which says under jax.grad that it has none, and elsewhere that it is for GPUs."""
+    wrapped = jax.custom_jvp(lambda first, *others: call(for_gpus(first, name), *others))
 
     def refuse(*_: Any) -> Any:
         raise TypeError(  # not what dispatch takes for "try the next one"

@@ -17,7 +17,7 @@ def takes(
     """Whether all that is attended are new tokens, in a dtype and of a size that cuDNN takes."""
     fresh = attends == "full" and block_table.shape[1] == 0 and softcap is None
     halves = q.dtype.name in HALVES and new_k is not None and new_k.dtype == q.dtype
-    return fresh and halves and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    return fresh and halves and q.size > 0 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
 
 
 def attention(

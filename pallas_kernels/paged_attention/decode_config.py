@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+from qserve_jax.pallas_kernels.backend import default_device
 from qserve_jax.pallas_kernels.paged_attention.decode_problem import COLUMNS, Problem
 
 SMS = 132
 """Of the GPU that all is cut for. Others are filled as well, or nearly."""
 SHARED_LIMIT = 232_448
+"""Bytes of a block on Hopper."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +46,20 @@ class DecodeConfig:
         return self.cluster == self.splits == 1
 
 
+def shared_limit() -> int:
+    """Bytes of a block on the GPU that JAX computes on; Hopper's where it computes on none."""
+    return getattr(default_device(), "shared_memory_per_block_optin", SHARED_LIMIT)
+
+
 def check_config(p: Problem, config: DecodeConfig) -> None:
     """Raises ValueError on a config that cannot run."""
-    size = shared_memory(p, config).size
+    size, limit = shared_memory(p, config).size, shared_limit()
     for wrong, why in (
         (config.stages < 2, "stages must be at least 2"),
         (config.warpgroups not in (1, 2, 4), "warpgroups must be 1, 2 or 4"),
         (config.cluster not in (1, 2, 4, 8), "cluster must be 1, 2, 4 or 8"),
         (config.splits < 1, "splits must be at least 1"),
-        (size > SHARED_LIMIT, f"takes {size} bytes of shared memory, at most {SHARED_LIMIT}"),
+        (size > limit, f"takes {size} bytes of shared memory, at most {limit}"),
     ):
         if wrong:
             raise ValueError(f"{config} cannot run: {why}")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from qserve_jax.pallas_kernels.paged_attention.decode_config import (
-    SHARED_LIMIT,
     SMS,
     DecodeConfig,
+    shared_limit,
     shared_memory,
 )
 from qserve_jax.pallas_kernels.paged_attention.decode_problem import PAGE, Problem
@@ -40,9 +40,14 @@ def choose_config(p: Problem, *, clusters: bool) -> DecodeConfig:
     for warpgroups in (4, 2):
         config = DecodeConfig(stages, warpgroups, cluster, splits)
         enough = wanted >= warpgroups and mine >= WARPGROUP_PAGES[warpgroups]
-        if enough and shared_memory(p, config).size <= SHARED_LIMIT:
+        if enough and _fits(p, config):
             return config
-    return DecodeConfig(stages, 1, cluster, splits)
+    most = DecodeConfig(stages, 1, cluster, splits)
+    return most if _fits(p, most) else DecodeConfig(2, 1, cluster, splits)
+
+
+def _fits(p: Problem, config: DecodeConfig) -> bool:
+    return shared_memory(p, config).size <= shared_limit()
 
 
 def _spread(room: int, pages: int, clusters: bool) -> tuple[int, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 
@@ -16,19 +18,35 @@ def sampled_rows(lengths: tuple[int, ...]) -> list[int]:
     return sorted({int(order[-1]), int(order[0]), len(lengths) - 1})[:SAMPLES]
 
 
-def worst_error(case: Case, paged: Paged, layer: int, q: jax.Array, out: jax.Array) -> float:
+def worst_error(
+    case: Case,
+    paged: Paged,
+    layer: int,
+    q: jax.Array,
+    out: jax.Array,
+    new: Sequence[jax.Array] | None = None,
+) -> float:
     """Relative Frobenius error of out [B, N, H], of the worst of the sampled sequences, for every
-    token as stored in the cache; q [B, N, H]."""
+    token as stored in the cache; q [B, N, H]. new: K and V [B, K, H] of the last tokens instead."""
     errors = []
     for row in sampled_rows(case.lengths):
-        exact = attend_row(case, paged, layer, row, np.asarray(q[row], np.float64))
+        last = [np.asarray(x[row], np.float64) for x in new or ()]
+        exact = attend_row(case, paged, layer, row, np.asarray(q[row], np.float64), last)
         found = np.asarray(out[row], np.float64)
         errors.append(np.linalg.norm(found - exact) / np.linalg.norm(exact))
     return float(np.max(errors))  # NaN where there is one
 
 
-def attend_row(case: Case, paged: Paged, layer: int, row: int, q: np.ndarray) -> np.ndarray:
-    """float64 [N, H] of one token that sees the whole sequence."""
+def attend_row(
+    case: Case,
+    paged: Paged,
+    layer: int,
+    row: int,
+    q: np.ndarray,
+    last: Sequence[np.ndarray] = (),
+) -> np.ndarray:
+    """float64 [N, H] of one token that sees the whole sequence; last: its K and V [K, H], where
+    they are not those of the cache."""
     pages = paged.table[row, : case.pages[row]]
     blocks = np.asarray(paged.cache.pages[layer, pages])
     group = case.heads // case.kv_heads
@@ -36,6 +54,8 @@ def attend_row(case: Case, paged: Paged, layer: int, row: int, q: np.ndarray) ->
     for head in range(case.kv_heads):
         k, v = dequantized(case, blocks[:, head])
         k, v = k[: case.lengths[row]], v[: case.lengths[row]]
+        if last:
+            k[-1], v[-1] = last[0][head], last[1][head]
         scores = q[head * group : (head + 1) * group] @ k.T * case.head_dim**-0.5
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         outs.append(weights @ v / weights.sum(-1, keepdims=True))

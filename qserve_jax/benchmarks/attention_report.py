@@ -6,7 +6,7 @@ rows             decode: {"backend", "kv_bits", "b", "ctx" or "lengths", "heads"
                  "head_dim", "attends", "us", "cudnn_bf16_us", "gbps", "rel_err"}: gbps counts the
                  codes and scales of every token once; rel_err is relative Frobenius against float64
                  on the dequantised values, of the worst of up to three sequences of the timed call
-                 (null where new tokens are attended unquantised)
+                 (null in older rows where new tokens are attended unquantised); none above 2.5e-3
 append           us of RoPE, quantise and append, one token per sequence
 prefill          us of fresh prompts; chunked_prefill: of the last `chunk` of `ctx` tokens
 """

@@ -124,6 +124,12 @@ def test_errors():
         ValueError, match=r"layer=9 but the cache pages have layers 0\.\.1: use one"
     ):
         append_kv(cache, good, good, slots, layer=9)
+    with pytest.raises(ValueError, match=r"slot_mapping \(5, 1\) must be \[tokens\]: reshape it"):
+        append_kv(cache, good, good, slots[:, None], layer=0)
+    with pytest.raises(ValueError, match="slot_mapping is float32, which is no integer: cast it"):
+        append_kv(cache, good, good, slots.astype(jnp.float32), layer=0)
+    with pytest.raises(ValueError, match="v is int32, which is no float: cast it to bfloat16"):
+        append_kv(cache, good, good.astype(jnp.int32), slots, layer=0)
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])

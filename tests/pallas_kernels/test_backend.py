@@ -6,7 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qserve_jax.pallas_kernels import BACKENDS, append_kv, paged_attention, resolve, w4a8_matmul
+from qserve_jax.pallas_kernels import (
+    BACKENDS,
+    append_kv,
+    paged_attention,
+    resolve,
+    rope_append_kv,
+    w4a8_matmul,
+)
 from qserve_jax.pallas_kernels.backend import ENVIRONMENT_VARIABLE, dispatch
 from qserve_jax.quantization.numerics import quantize_activation
 from qserve_jax.quantization.params import quantize_kernel
@@ -105,3 +112,48 @@ def test_operations_follow_the_choice(op, monkeypatch):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "mosaic_mma")
     with pytest.raises(NotImplementedError, match=REFUSES[op]):
         call()
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, bits, message",
+    [
+        ((3, 2, 64 * 72 // 4), "int32", 5, "a cache of bits=5 is none: use 4, 8 or 16"),
+        (
+            (3, 2, 64 * 72 // 4),
+            "float32",
+            4,
+            r"pages float32\[3, 2, 1152\] hold no 4-bit cache of he",
+        ),
+        (
+            (3, 2, 64 * 136 // 4),
+            "int32",
+            4,
+            r"pages int32\[3, 2, 2176\] hold no 4-bit cache of head",
+        ),
+        (
+            (3, 2, 1, 1, 64 * 72 // 4),
+            "int32",
+            4,
+            "hold no 4-bit cache of head_dim 64: make them as",
+        ),
+        (
+            (3, 2, 64 * 264 // 4),
+            "bfloat16",
+            16,
+            r"pages bfloat16\[3, 2, 4224\] hold no 16-bit cache",
+        ),
+        ((3, 2, 2, 64, 128), "bfloat16", 16, "hold no 16-bit cache of head_dim 64"),
+        ((3, 2, 2, 64, 64), "int32", 16, r"pages int32\[3, 2, 2, 64, 64\] hold no 16-bit cache"),
+    ],
+)
+def test_pages_that_are_none(shape, dtype, bits, message):
+    """Which kernels would read as whatever the cache says that they are."""
+    cache = KVCache(jnp.zeros(shape, dtype), bits, 64)
+    k, none = jnp.zeros((2, 2, 64)), jnp.zeros((2, 1), jnp.int32)
+    options: Any = {"attends": "quantized", "backend": "mosaic_sm90"}
+    with pytest.raises(ValueError, match=message):
+        paged_attention(jnp.zeros((2, 4, 64)), cache, none, none[:, 0], **options)
+    with pytest.raises(ValueError, match=message):
+        append_kv(cache, k, k, none[:, 0])
+    with pytest.raises(ValueError, match=message):
+        rope_append_kv([k, k, k], k[:, 0, :32], k[:, 0, :32], cache, none[:, 0])

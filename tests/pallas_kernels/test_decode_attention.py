@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+import types
 from typing import Any
 
 import jax
@@ -146,7 +147,7 @@ def test_mosaic_mma_is_lowered_as_sm_80_with_its_instructions_only(bits, b, opti
 # A scan over layers, and shards
 
 
-def scan_program(bits, kernel):
+def scan_program(bits, kernel, append):
     """(append and attend on every layer of a donated cache, its operands, the cache's shape)."""
     b, (n, k, h), layers = 64, SHAPES[0], 32
 
@@ -154,7 +155,7 @@ def scan_program(bits, kernel):
         order = longest_first(lens)
 
         def layer(cache, i):
-            cache = append_kv(cache, kv, kv, slots, layer=i, backend="reference")
+            cache = append_kv(cache, kv, kv, slots, layer=i, backend=append)
             new = {"new_k": kv, "new_v": kv, "order": order}
             out = paged_attention(q, cache, table, lens, **new, layer=i, backend=kernel)
             return cache, out
@@ -168,17 +169,20 @@ def scan_program(bits, kernel):
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
-def test_a_scan_of_append_and_attention_makes_no_other_cache(bits):
-    """In the program that XLA is given: the cache goes round the loop, is scattered into, and read
-    by the kernel as it is."""
-    step, operands, shape = scan_program(bits, "mosaic_sm90")
+@pytest.mark.parametrize("append, how", [("reference", "scatter"), ("mosaic_sm90", "custom_call")])
+def test_a_scan_of_append_and_attention_makes_no_other_cache(append, how, bits):
+    """In the program that XLA is given: the cache goes round the loop, is scattered into, or an
+    operand of a kernel that is its output, and read by the other kernel as it is."""
+    step, operands, shape = scan_program(bits, "mosaic_sm90", append)
     text = lower(step, *operands)
     size = "x".join(map(str, shape)) + "x"
     results = [line for line in text.splitlines() if re.search(r"-> \(?tensor<" + size, line)]
-    made = {m for line in results for m in re.findall(r"\"?stablehlo\.(\w+)", line)}
-    assert made <= {"scatter"}, made
+    made = {m for line in results for m in re.findall(r" = \"?stablehlo\.(\w+)", line)}
+    assert made <= {how}, made
     kernels = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
-    assert len(kernels) == 1 and size in kernels[0]
+    *appends, attends = sorted(kernels, key=lambda line: "output_operand_alias<" not in line)
+    assert size in attends and "output_operand_alias<" not in attends
+    assert [size in line for line in appends] == [True] * (how == "custom_call")
 
 
 @pytest.mark.parametrize("bits", [4, 16])
@@ -189,7 +193,7 @@ def test_xla_compiles_that_scan_without_a_copy_of_the_cache(bits, monkeypatch):
         return jax.pure_callback(lambda *_: np.zeros(out.shape, out.dtype), out, *inputs)
 
     monkeypatch.setattr(intrinsics, "launch", launch)
-    step, operands, shape = scan_program(bits, "mosaic_sm90")
+    step, operands, shape = scan_program(bits, "mosaic_sm90", "reference")
     text = jax.jit(step, donate_argnums=0).lower(*operands).compile().as_text() or ""
     size = re.escape("[" + ",".join(map(str, shape)) + "]")
     assert "custom-call" in text
@@ -223,6 +227,21 @@ def test_shard_map_over_kv_heads(name, check_vma):
     assert "memref<32x4096x4x2176xi32" in mosaic_module(lower(mapped, *args))[1]
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_kernels_have_no_derivative_and_say_so(name, rng):
+    """Rather than leave it to the next backend: q is the operand that is differentiated."""
+    case = make_case(rng, [3], h=64, attends="quantized").arguments
+    q = case.pop("q").astype(jnp.float32)
+
+    def loss(q):
+        return paged_attention(q, **case, backend=name).sum()
+
+    with pytest.raises(TypeError, match="paged_attention_kv4_.* has no derivative: differentiate"):
+        jax.grad(loss)(q)
+    with pytest.raises(TypeError, match="paged_attention_kv4_.* has no derivative: differentiate"):
+        jax.jit(jax.grad(loss)).trace(q)
+
+
 # How it is cut
 
 
@@ -247,6 +266,20 @@ def test_every_choice_can_run(shape, bits):
         assert config.alone or blocks * config.cluster * config.splits <= decode_rules.SMS
         if blocks >= decode_rules.FEW_BLOCKS:
             assert config == DecodeConfig(config.stages)
+
+
+@pytest.mark.parametrize("limit", [99 * 1024, 163 * 1024])
+def test_choices_fit_smaller_gpus(limit, monkeypatch):
+    """Of compute capability 8.6 and 8.9, and 8.0."""
+    gpu = types.SimpleNamespace(shared_memory_per_block_optin=limit)
+    monkeypatch.setattr(decode_config, "default_device", lambda: gpu)
+    for shape, bits, b, pages in itertools.product(SHAPES, (4, 8, 16), BATCHES, (16, 64, 2048)):
+        p = problem(b, shape, pages, bits)
+        config = decode_rules.choose_config(p, clusters=False)
+        decode_config.check_config(p, config)
+        assert decode_config.shared_memory(p, config).size <= limit
+    with pytest.raises(ValueError, match=f"bytes of shared memory, at most {limit}"):
+        decode_config.check_config(p, DecodeConfig(6, 4))
 
 
 def test_choices_for_llama_3_8b():
@@ -347,7 +380,8 @@ def test_refusals(rng):
     refuses("pages of 32 tokens, but the kernel takes 64", **case | {"cache": short})
     none = dataclasses.replace(case["cache"], pages=case["cache"].pages[:, :0])
     refuses("a cache without pages, but the kernel takes at least 1", **case | {"cache": none})
-    refuses("q of int32, but the kernel takes one of", **case | {"q": case["q"].astype(jnp.int32)})
+    tiny = case["q"].astype(jnp.float8_e4m3fn)
+    refuses("q of float8_e4m3fn, but the kernel takes one of", **case | {"q": tiny})
 
 
 def test_decode_refuses_several_tokens(rng):

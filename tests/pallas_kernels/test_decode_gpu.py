@@ -216,9 +216,10 @@ def test_100_launches_give_the_same_bits(can_run, name, bits, rows, rng):
 # Programs
 
 
+@pytest.mark.parametrize("append", ["kernel", "reference"])
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("name", DECODE)
-def test_a_scan_over_layers_copies_no_cache(can_run, name, bits, rng):
+def test_a_scan_over_layers_copies_no_cache(can_run, name, bits, append, rng):
     """Append and attend on both layers of the cache, in the program as XLA has compiled it."""
     can_run(name)
     lens = [130, 65, 700]
@@ -231,7 +232,8 @@ def test_a_scan_over_layers_copies_no_cache(can_run, name, bits, rng):
     @functools.partial(jax.jit, donate_argnums=0, static_argnames="used")
     def step(cache, kv, used):
         def layer(cache, i):
-            cache = append_kv(cache, kv[0], kv[1], slots, layer=i, backend="reference")
+            appends = used if append == "kernel" else "reference"
+            cache = append_kv(cache, kv[0], kv[1], slots, layer=i, backend=appends)
             out = paged_attention(
                 *(a["q"], cache, a["block_table"], a["context_lens"]),
                 attends="quantized",

@@ -301,6 +301,18 @@ def call_with(**changes):
         ({"query_lens": jnp.ones(1)}, r"query_lens \(1,\) must be \[B\] with B=2"),
         ({"new_k": None}, r"needs new_k and new_v \(2, 1, 2, 16\), got \[None, \(2, 1, 2, 16\)\]"),
         ({"new_v": jnp.zeros((2, 2, 2, H))}, r"got \[\(2, 1, 2, 16\), \(2, 2, 2, 16\)\]"),
+        ({"order": jnp.zeros(1, jnp.int32)}, r"order \(1,\) must be \[B\] with B=2"),
+        ({"order": jnp.zeros(2)}, "order is float32, which is no integer: cast it to int32"),
+        ({"context_lens": jnp.ones(2)}, "context_lens is float32, which is no integer"),
+        ({"query_lens": jnp.ones(2)}, "query_lens is float32, which is no integer"),
+        ({"block_table": jnp.zeros((2, 3))}, "block_table is float32, which is no integer"),
+        ({"q": jnp.zeros((2, 1, 4, H), jnp.int32)}, "q is int32, which is no float: cast it"),
+        ({"new_v": jnp.zeros((2, 1, 2, H), jnp.int8)}, "new_v is int8, which is no float"),
+        ({"window": 0}, r"window=0 is no number of positions: use 1\.\.2\*\*31 - 1 or None"),
+        ({"window": 2.5}, r"window=2\.5 is no number of positions"),
+        ({"window": 2**31}, r"window=2147483648 is no number of positions"),
+        ({"softcap": 0.0}, r"softcap=0\.0 caps nothing: use one above 0, or None"),
+        ({"softcap": float("inf")}, "softcap=inf caps nothing"),
     ],
 )
 def test_errors(changes, message):
@@ -320,3 +332,9 @@ def test_validate_paged_inputs():
         validate_paged_inputs(cache, table, np.array([129, 0]))
     with pytest.raises(ValueError, match="sequence 1 names page 5 .* pages 0..4: allocate it"):
         validate_paged_inputs(cache, np.array([[4], [5]]), np.array([64, 1]))
+    with pytest.raises(ValueError, match=r"block_table \(2, 3\) and context_lens \(3,\) must be"):
+        validate_paged_inputs(cache, table, np.array([1, 1, 1]))
+    with pytest.raises(ValueError, match=r"block_table \(3,\) and context_lens \(1,\) must be"):
+        validate_paged_inputs(cache, table[0], np.array([1]))
+    with pytest.raises(ValueError, match="context_lens is float64, which is no integer"):
+        validate_paged_inputs(cache, table, np.array([1.5, 0]))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from qserve_jax.pallas_kernels import backend, paged_attention
 from qserve_jax.pallas_kernels.paged_attention import (
@@ -144,6 +145,32 @@ def test_mosaic_mma_has_no_instruction_of_hopper():
     assert not re.search(HOPPER, text)
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", ["mosaic_sm90", "mosaic_mma"])
+def test_shard_map_over_kv_heads(name, check_vma):
+    """Each of two devices has half of the heads of q, of the cache and of the new tokens."""
+    mesh = jax.make_mesh((2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+    heads = P(None, None, "heads")
+
+    def run(q, pages, table, lens, new, layer):
+        more = {"new_k": new, "new_v": new, "layer": layer, "backend": name}
+        return paged_attention(q, KVCache(pages, 4, 128), table, lens, **more)
+
+    in_specs = (heads, heads, P(), P(), heads, P())
+    specs: Any = {"mesh": mesh, "in_specs": in_specs, "out_specs": heads}
+    mapped = jax.shard_map(run, **specs, check_vma=check_vma)
+    q, new, pages = (
+        shape((2, 96, 16, 128)),
+        shape((2, 96, 4, 128)),
+        shape((3, 40, 4, 2176), "int32"),
+    )
+    lens = shape((2,), "int32")
+    arguments = (q, pages, shape((2, 8), "int32"), lens, new, shape((), "int32"))
+    assert jax.eval_shape(mapped, *arguments) == q
+    text = jax.jit(mapped).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "memref<3x40x2x2176xi32" in mosaic_module(text)[1]
+
+
 @pytest.mark.parametrize("window", [None, 4096])
 def test_fresh_prompts_are_cudnn_s(window, monkeypatch):
     """8 x 1024 tokens of Llama-3-8B: one call with lengths, and no scores in memory."""
@@ -156,6 +183,14 @@ def test_fresh_prompts_are_cudnn_s(window, monkeypatch):
     assert "PADDING_CAUSAL" in call and call.count("tensor<8xi32>") == 2
     assert re.search(r"sliding_window_length\D+22: (\d+)", call)[1] == str(window or 0)  # pyright: ignore
     assert "mosaic_gpu" not in text and "1024x1024" not in text
+
+
+def test_no_rows_are_not_cudnn_s(rng):
+    """Which plans no graph without elements; the reference has nothing to do."""
+    q, k = np.zeros((2, 5, 4, 64), np.float16), np.zeros((2, 5, 2, 64), np.float16)
+    table = np.zeros((2, 0), np.int32)
+    assert cudnn_prefill.takes(q, table, k, "full", None)  # pyright: ignore[reportArgumentType]
+    assert not cudnn_prefill.takes(q[:0], table[:0], k[:0], "full", None)  # pyright: ignore
 
 
 def test_refusals(rng):

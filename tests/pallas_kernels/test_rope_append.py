@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from qserve_jax.pallas_kernels import append_kv, backend, intrinsics, rope_append_kv
 from qserve_jax.pallas_kernels.append_kv import mosaic, reference
@@ -240,10 +241,51 @@ def test_refusals(rng):
         call([qkv], cos, sin, cache, slots, center=jnp.zeros(64))
     with pytest.raises(ValueError, match="layer=5 but the cache pages have layers"):
         call([qkv], cos, sin, cache, slots, layer=5)
-    with pytest.raises(NotImplementedError, match=r"q, k and v are \['int32'\], but the append"):
+    with pytest.raises(ValueError, match="qkv is int32, which is no float: cast it to bfloat16"):
         call([qkv.astype(jnp.int32)], cos, sin, cache, slots)
+    with pytest.raises(ValueError, match=r"qkv of shape \(2, 4, 64\) is an array: give \[q, k"):
+        call(qkv, cos, sin, cache, slots)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"q, k and v \[\(2,\)\] must be"):
+        call([cos[:, 0]], cos, sin, cache, slots)
+    with pytest.raises(ValueError, match=r"slot_mapping \(2, 1\) must be \[tokens\]: reshape it"):
+        call([qkv], cos, sin, cache, slots[:, None])
+    with pytest.raises(NotImplementedError, match=r"q, k and v are \['float8_e4m3fn'\], but the"):
+        call([qkv.astype(jnp.float8_e4m3fn)], cos, sin, cache, slots)
     with pytest.raises(NotImplementedError, match="no tokens"):
         call([qkv[:0]], cos[:0], sin[:0], cache, slots[:0])
+
+
+def test_on_a_cpu_the_kernel_says_what_it_needs(rng):
+    qkv, cos, sin = (jnp.asarray(x) for x in make_inputs(rng, 2, 2, 1, 64, "bfloat16"))
+    made = make_cache(rng, 4, 1, 64, 8)
+    cache, slots = KVCache(jnp.asarray(made.pages), 4, 64), jnp.arange(2)
+    with pytest.raises(ValueError, match="rope_append_kv is a kernel for NVIDIA GPUs, but is comp"):
+        rope_append_kv([qkv], cos, sin, cache, slots, layer=0, backend=KERNEL)
+    with pytest.raises(TypeError, match="append_kv has no derivative: differentiate the float"):
+        jax.grad(
+            lambda k: append_kv(cache, k, k, slots, layer=0, backend=KERNEL).pages.sum() * 1.0
+        )(qkv[:, 3:])
+
+
+@pytest.mark.parametrize("name", [KERNEL, "mosaic_mma"])
+def test_shard_map_over_kv_heads(name, rng):
+    """Each of two devices appends to its half of the heads."""
+    mesh = jax.make_mesh((2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+    heads, pages = P(None, "heads"), P(None, None, "heads")
+
+    def run(pages, k, slots):
+        return append_kv(KVCache(pages, 4, 128), k, k, slots, layer=1, backend=name).pages
+
+    def lower_with(**options):
+        specs = {"in_specs": (pages, heads, P()), "out_specs": pages}
+        mapped = jax.shard_map(run, mesh=mesh, **specs, **options)
+        cache: Any = shape((2, 40, 8, 2176), "int32")
+        traced = jax.jit(mapped).trace(cache, shape((64, 8, 128)), shape((64,), "int32"))
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    assert "memref<2x40x4x2176xi32" in mosaic_module(lower_with(check_vma=False))[1]
+    with pytest.raises(NotImplementedError, match=r"varies over \['heads'\].* check_vma=False"):
+        lower_with()
 
 
 def test_reference_in_two_parts_is_the_reference(rng):

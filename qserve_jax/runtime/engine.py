@@ -371,7 +371,11 @@ class Engine:
                 sequence.error = not_finite(sequence, self.params["embed"]["embedding"].dtype)
                 sequence.finish_reason = "error"
                 break
-            text += sequence.append(tokens[step], take_logprobs(out, row, step, sequence.params))
+            logprobs = take_logprobs(out, row, step, sequence.params)
+            try:
+                text += sequence.append(tokens[step], logprobs)
+            except Exception as error:  # its tokenizer's: nobody else's
+                sequence.error, sequence.finish_reason = error, "error"
             if sequence.done:  # a stop string ends before the device does
                 break
         sequence.first_token_time = sequence.first_token_time or now

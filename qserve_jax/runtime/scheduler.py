@@ -193,10 +193,14 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def preempt_all(self) -> None:
-        """Everyone waits again, in order: what the device had is lost."""
+        """Everyone waits again, in order: what the device had is lost. But for those that have
+        finished, where the interruption came before they were dropped."""
         for sequence in reversed(list(self.running)):
             sequence.pending = sequence.sure = 0
-            self._preempt(sequence)
+            if sequence.done:
+                self.drop(sequence)
+            else:
+                self._preempt(sequence)
 
     def drop(self, sequence: Sequence) -> None:
         """Take back what the sequence holds, whether it waits or runs or is unknown."""

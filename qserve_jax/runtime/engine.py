@@ -372,7 +372,7 @@ class Engine:
     def _take(self, sequence: Sequence, out: Any, row: int, count: int, now: float) -> None:
         """Move `count` tokens of a SampleOutput's row to the sequence, up to where it ends."""
         first, text = len(sequence.tokens), ""
-        tokens, finite = out.tokens[row].tolist(), out.finite[row].tolist()
+        tokens, finite = out.tokens[row, :count].tolist(), out.finite[row, :count].tolist()
         for step in range(count):
             if not finite[step]:
                 sequence.error = not_finite(sequence, self.params["embed"]["embedding"].dtype)

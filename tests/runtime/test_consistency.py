@@ -61,7 +61,7 @@ def test_pieces_of_a_prompt_in_the_rows_of_one_call_change_no_token(loaded, monk
     rng = np.random.default_rng(5)
     prompts = [rng.integers(5, 2000, n).tolist() for n in (100, 3, 64, 81)]
     params = SamplingParams(max_tokens=20, ignore_eos=True)
-    settings = SETTINGS | {"num_pages": 40, "max_num_batched_tokens": 256}
+    settings: dict[str, Any] = SETTINGS | {"num_pages": 40, "max_num_batched_tokens": 256}
     tokens, calls = [], []
     for piece in (256, 16):
         monkeypatch.setattr(scheduler, "PIECE", piece)

@@ -3,13 +3,18 @@
 The same requests run with pages for all, and in a small pool; greedy tokens must be equal, and
 where they are not the gap between the two best logits at the first difference says how near a tie
 it was. Beside it a static run: as many tokens, lengths all equal, no preemption. And requests that
-share a long prefix, with and without prefix caching. Writes JSON.
+share a long prefix, with and without prefix caching. Writes JSON, and ends with status 1 where
+something was lost, compiled anew, not preempted or too slow.
+
+The small pool is without a watermark: with it none of 2 000 such requests gives way, whether the
+pool holds all of their pages or 0.15.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,10 +26,12 @@ from qserve_jax.benchmarks.dummy import dummy_model
 from qserve_jax.benchmarks.model_shapes import MODEL_CONFIGS
 from qserve_jax.benchmarks.provenance import provenance
 from qserve_jax.checkpoint import LoadedModel
-from qserve_jax.runtime import RequestOutput
+from qserve_jax.runtime import RequestOutput, scheduler
 from qserve_jax.runtime.compile_time import compile_time
 
 PAGE = 64
+OF_STATIC = 0.85
+TIMES_FEWER = 20
 
 
 def timed(llm: LLM, prompts: Any, params: Any) -> tuple[list[RequestOutput], dict[str, Any]]:
@@ -34,10 +41,12 @@ def timed(llm: LLM, prompts: Any, params: Any) -> tuple[list[RequestOutput], dic
     start = time.perf_counter()
     outputs = llm.generate(prompts, params)
     seconds = time.perf_counter() - start
-    made = sum(len(o.token_ids) for o in outputs)
+    each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+    lengths = [len(o.token_ids) for o in outputs]
     return outputs, {
-        "tokens": made,
-        "tokens_per_s": made / seconds,
+        "tokens": sum(lengths),
+        "as_many_as_asked": lengths == [p.max_tokens for p in each],
+        "tokens_per_s": sum(lengths) / seconds,
         "preemptions": llm.stats.preemptions - preempted,
         "compiled_s": compile_time.seconds - compiled,
         "pages_free": llm.pool.free_pages == llm.pool.num_pages,
@@ -70,12 +79,15 @@ def pressure(loaded: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:
         "enable_prefix_caching": False,
     }
     runs, outputs = {}, []
-    for name, share in (("pages for all", 1.0), ("small pool", args.pool)):
+    watermark = scheduler.WATERMARK
+    for name, share, kept in (("pages for all", 1.0, watermark), ("small pool", args.pool, 0.0)):
+        scheduler.WATERMARK = kept
         pages = max(longest, int(share * longest * args.max_num_seqs) + 8)
         llm = LLM(loaded, num_pages=pages, **settings)
         found, runs[name] = timed(llm, prompts, params)
         outputs.append(found)
         del llm
+    scheduler.WATERMARK = watermark
     count, mean_in = args.requests, int(ins.mean())
     llm = LLM(loaded, num_pages=longest * args.max_num_seqs + 8, **settings)
     same = SamplingParams(max_tokens=int(outs.mean()), ignore_eos=True, logprobs=2)
@@ -96,8 +108,8 @@ def prefixes(loaded: LoadedModel, prefix: int, suffix: int) -> dict[str, Any]:
     vocab = loaded.config.vocab_size
     shared = rng.integers(0, vocab, prefix).tolist()
     prompts = [shared + rng.integers(0, vocab, suffix).tolist() for _ in range(64)]
-    params = SamplingParams(max_tokens=32, ignore_eos=True)
-    tokens, computed = [], []
+    params = SamplingParams(max_tokens=32, ignore_eos=True, logprobs=2)
+    outputs, computed = [], []
     for caching in (False, True):
         pages = 64 * -(-(prefix + suffix + 32) // PAGE) + 64
         llm = LLM(
@@ -107,11 +119,35 @@ def prefixes(loaded: LoadedModel, prefix: int, suffix: int) -> dict[str, Any]:
             enable_prefix_caching=caching,
             max_model_len=prefix + suffix + 32,
         )
-        tokens.append([o.token_ids for o in llm.generate(prompts, params)])
+        outputs.append(llm.generate(prompts, params))
         computed.append(llm.stats.prompt_tokens)
         del llm
-    equal = sum(a == b for a, b in zip(*tokens, strict=True)) / 64
-    return {"prefilled": computed, "times_fewer": computed[0] / computed[1], "equal": equal}
+    gaps = first_differences(*outputs)
+    return {
+        "prefilled": computed,
+        "times_fewer": computed[0] / computed[1],
+        "equal": 1 - len(gaps) / 64,
+        "gaps_at_first_difference": sorted(gaps),
+    }
+
+
+def failures(found: dict[str, Any]) -> list[str]:
+    """What must not be, a line each. How many tokens are equal is for the reader to judge."""
+    runs, wrong = found["pressure"]["runs"], []
+    for name, run in runs.items():
+        if not run["as_many_as_asked"]:
+            wrong.append(f"{name}: requests have more or fewer tokens than they asked for")
+        if not run["pages_free"]:
+            wrong.append(f"{name}: pages were not given back")
+        if run["compiled_s"] > 0:
+            wrong.append(f"{name}: compiled for {run['compiled_s']:.2f} s after the warm-up")
+        if (run["preemptions"] > 0) != (name == "small pool"):
+            wrong.append(f"{name}: {run['preemptions']} preemptions")
+    if (ratio := found["pressure"]["of_static"]) < OF_STATIC:
+        wrong.append(f"{ratio:.2f} of the static run's tokens/s, less than {OF_STATIC}")
+    if (fewer := found["prefixes"]["times_fewer"]) < TIMES_FEWER:
+        wrong.append(f"{fewer:.1f} times fewer prefilled tokens, less than {TIMES_FEWER}")
+    return wrong
 
 
 def main() -> None:
@@ -124,7 +160,7 @@ def main() -> None:
     parser.add_argument("--input-len", type=int, default=2048, help="longest")
     parser.add_argument("--output-len", type=int, default=512, help="longest")
     parser.add_argument("--max-num-seqs", type=int, default=256)
-    parser.add_argument("--pool", type=float, default=0.35, help="share of the pages for all")
+    parser.add_argument("--pool", type=float, default=0.45, help="share of the pages for all")
     parser.add_argument("--prefix-len", type=int, default=2048)
     parser.add_argument("--output", type=Path, required=True, help="JSON")
     args = parser.parse_args()
@@ -138,6 +174,8 @@ def main() -> None:
     content = {**provenance(), "model": args.model or args.dummy_weights, **found}
     args.output.write_text(json.dumps(content, indent=1) + "\n")
     print(json.dumps(found, indent=1))
+    if wrong := failures(found):
+        sys.exit("\n".join(wrong))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from qserve_jax.runtime import (
     init_cache,
     make_sampling_state,
 )
+from qserve_jax.runtime.compile_time import compile_time
 from qserve_jax.runtime.run_stats import peak_bytes
 
 GIB = 2**30
@@ -96,7 +97,7 @@ def throughput(
     """
     llm = make_llm(loaded, work)
     warm_up(llm, work)
-    before = dataclasses.replace(llm.stats)
+    before, compiled = dataclasses.replace(llm.stats), compile_time.seconds
     prompts = work.prompts(llm.config.vocab_size, 1)
     with around():
         start = time.perf_counter()
@@ -113,6 +114,7 @@ def throughput(
         "decode_s": llm.stats.decode_seconds - before.decode_seconds,
         "decode_steps": llm.stats.decode_steps - before.decode_steps,
         "preemptions": llm.stats.preemptions - before.preemptions,
+        "compiled_s": compile_time.seconds - compiled,
         **llm_memory(llm),
     }
 
@@ -198,7 +200,7 @@ def latency(loaded: LoadedModel, work: Workload, rate: float, num_requests: int)
     # Buckets of fewer rows than the warm-up had are compiled by a first run.
     asyncio.run(_arrivals(llm, prompts[: min(32, num_requests)], gaps, work.params))
     prompts = work_all.prompts(llm.config.vocab_size, 2)
-    start = time.perf_counter()
+    start, compiled = time.perf_counter(), compile_time.seconds
     times = asyncio.run(_arrivals(llm, prompts, gaps, work.params))
     seconds = time.perf_counter() - start
     return {
@@ -209,6 +211,7 @@ def latency(loaded: LoadedModel, work: Workload, rate: float, num_requests: int)
         "tokens_per_s": num_requests * work.output / seconds,
         **latencies(times),
         "seconds": seconds,
+        "compiled_s": compile_time.seconds - compiled,
         **llm_memory(llm),
     }
 

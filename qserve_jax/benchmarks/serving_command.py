@@ -125,16 +125,22 @@ def check(args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
-    """A row for every case that is not among the known ones."""
+    """A row for every case that is not among the known ones; a precision whose weights memory does
+    not suffice for has rows that say so."""
+    import jax
+
     from qserve_jax.benchmarks.serving_report import SETTINGS, same_case
+    from qserve_jax.quantization import QuantConfig
 
     for precision in args.precisions or [args.precision]:
-        loaded = None
-        for case in cases(args):
-            if loaded is None:
-                loaded = load(args, precision)
+        try:
+            loaded, problem = load(args, precision), {}
             config = loaded.quant_config
             check_context(args, loaded.config.context_length)
+        except jax.errors.JaxRuntimeError as error:
+            loaded, problem = None, does_not_fit(error)
+            config = QuantConfig.preset(precision or "w4a8kv4", group_size=args.group_size or 128)
+        for case in cases(args):
             label = {
                 "bench": args.what,
                 "model": args.model_shape or Path(args.model).name,
@@ -146,8 +152,15 @@ def measure(args: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
                 **{name: getattr(args, name, None) for name in SETTINGS},
             }
             if not any(same_case(label, row) for row in known):
-                yield {**label, **measure_case(args, loaded, case)}
+                yield {**label, **(problem if loaded is None else measure_case(args, loaded, case))}
         del loaded
+
+
+def does_not_fit(error: Exception) -> Row:
+    """The columns of a case that memory does not suffice for. Raises any other error."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    return {"tokens_per_s": None, "problem": f"does not fit: {str(error).splitlines()[0]}"}
 
 
 def check_context(args: argparse.Namespace, context: int) -> None:
@@ -218,6 +231,4 @@ def measure_case(args: argparse.Namespace, loaded: LoadedModel, case: Row) -> Ro
     try:
         return protocol()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return {"tokens_per_s": None, "problem": f"does not fit: {str(error).splitlines()[0]}"}
+        return does_not_fit(error)

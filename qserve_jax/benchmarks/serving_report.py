@@ -2,7 +2,8 @@
 
 The file: device, jax, commit, versions; rows {"bench", "model", "precision", "group_size", "batch",
 "input", "output", "tokens_per_s", "ttft_ms", "tpot_ms", "peak_gib", "gpus", ...}. tokens_per_s is
-null where a case does not fit, and `problem` says why. peak_gib is that of the process so far: for
+null where a case does not fit, and `problem` says why. compiled_s: seconds of the timed run that
+went into compiling, 0 where the warm-up met all shapes. peak_gib is that of the process so far: for
 the peak of one case run that case alone.
 """
 

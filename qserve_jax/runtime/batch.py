@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 MIN_PROMPT_BUCKET = 16
 MIN_PAGES_BUCKET = 4
 MIN_STOPS_BUCKET = 4
+CALL_TOKENS = 512
+"""What a prefill call costs beside its tokens, in tokens: it reads all weights."""
 LOGPROBS_BUCKETS = (0, 5, MAX_LOGPROBS)
 
 
@@ -58,6 +60,18 @@ def chunk_array(chunks: Seq[Chunk]) -> np.ndarray:
     width = prompt_bucket(max(c.end - c.start for c in chunks))
     tokens = [c.sequence.known[c.start : c.end] for c in chunks]
     return pad_rows(tokens, power_of_two(len(chunks)), width, 0)
+
+
+def full_calls(chunks: Seq[Chunk]) -> list[Seq[Chunk]]:
+    """The chunks in order, in calls of powers of two of rows, where padding the rows of one call
+    would cost more than another call does."""
+    width = prompt_bucket(max(c.end - c.start for c in chunks))
+    calls = []
+    while (power_of_two(len(chunks)) - len(chunks)) * width >= CALL_TOKENS:
+        rows = power_of_two(len(chunks)) // 2
+        calls.append(chunks[:rows])
+        chunks = chunks[rows:]
+    return [*calls, chunks]
 
 
 def row_bucket(wanted: int, previous: int) -> int:

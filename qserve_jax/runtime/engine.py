@@ -27,6 +27,7 @@ from qserve_jax.runtime.batch import (
     bucket_features,
     chunk_array,
     device_state,
+    full_calls,
     pad_column,
     pad_rows,
     pages_bucket,
@@ -100,6 +101,7 @@ class Engine:
             max_num_batched_tokens,
             share_prefixes=share_prefixes,
             salted=model.config.rope.rope_type == "dynamic",
+            in_pieces=attends == "quantized",
         )
         static = ("model", "features", "attends", "max_steps")
         self._mesh = mesh = model.mesh
@@ -246,8 +248,8 @@ class Engine:
         )
         if plan is None:
             return False
-        if plan.chunks:
-            self._launch_prefill(plan.chunks)
+        for chunks in full_calls(plan.chunks) if plan.chunks else []:
+            self._launch_prefill(chunks)
         if plan.steps:
             self._launch_decode(plan)
         return bool(plan.chunks or plan.steps)
@@ -267,10 +269,15 @@ class Engine:
         scheduler = self.scheduler
         return any(s.listener for s in (*scheduler.running, *scheduler.waiting))
 
-    def _launch_prefill(self, chunks: list[Chunk]) -> None:
+    def _launch_prefill(self, chunks: Seq[Chunk]) -> None:
         launched, batch = clock(), [c.sequence for c in chunks]
         tokens = chunk_array(chunks)
         rows = len(tokens)
+        # Only the last chunk of a sequence leaves something for decoding.
+        slots = [
+            s.slot if c.end == s.goal else self.max_num_seqs
+            for c, s in zip(chunks, batch, strict=True)
+        ]
         # Fresh prompts that attend to themselves unquantised read no pages.
         fresh = self.attends == "full" and all(c.start == 0 for c in chunks)
         state = device_state(
@@ -283,7 +290,7 @@ class Engine:
         promised = [(int(c.samples), int(c.samples)) for c in chunks]
         out = self._call(
             self._prefill,
-            pad_column([s.slot for s in batch], rows, self.max_num_seqs),
+            pad_column(slots, rows, self.max_num_seqs),
             tokens,
             state,
             None if fresh else pad_column([c.end - c.start for c in chunks], rows),
@@ -365,13 +372,17 @@ class Engine:
     def _take(self, sequence: Sequence, out: Any, row: int, count: int, now: float) -> None:
         """Move `count` tokens of a SampleOutput's row to the sequence, up to where it ends."""
         first, text = len(sequence.tokens), ""
-        tokens, finite = out.tokens[row].tolist(), out.finite[row].tolist()
+        tokens, finite = out.tokens[row, :count].tolist(), out.finite[row, :count].tolist()
         for step in range(count):
             if not finite[step]:
                 sequence.error = not_finite(sequence, self.params["embed"]["embedding"].dtype)
                 sequence.finish_reason = "error"
                 break
-            text += sequence.append(tokens[step], take_logprobs(out, row, step, sequence.params))
+            logprobs = take_logprobs(out, row, step, sequence.params)
+            try:
+                text += sequence.append(tokens[step], logprobs)
+            except Exception as error:  # its tokenizer's: nobody else's
+                sequence.error, sequence.finish_reason = error, "error"
             if sequence.done:  # a stop string ends before the device does
                 break
         sequence.first_token_time = sequence.first_token_time or now

@@ -8,6 +8,7 @@ its own logits, parameters, seed and position: never of its place in the batch o
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -212,6 +213,14 @@ def make_sampling_state(
     return jax.tree.map(jnp.asarray, state), sampling_features(params)
 
 
+NEUTRAL = SamplingParams()
+FLOATS = (
+    *("temperature", "top_p", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+_floats = operator.attrgetter(*FLOATS)
+
+
 def sampling_arrays(
     params: Sequence[SamplingParams], seeds: Sequence[int], *, pad_to: int
 ) -> SamplingState:
@@ -223,22 +232,14 @@ def sampling_arrays(
     if bad := [seed for seed in seeds if not 0 <= seed < 2**64]:
         raise ValueError(f"seed {bad[0]} is not in [0, 2**64): use a 64-bit unsigned seed")
     padding = pad_to - len(params)
-    rows = [*params, *[SamplingParams()] * padding]
-    words = [(int(seed) >> 32, int(seed) & 0xFFFFFFFF) for seed in [*seeds, *[0] * padding]]
-
-    def column(field: str) -> Any:
-        return np.array([getattr(row, field) for row in rows], np.float32)
-
+    rows = [*params, *[NEUTRAL] * padding]
+    words = np.array([*seeds, *[0] * padding], np.uint64)
+    floats = np.array([_floats(row) for row in rows], np.float32).reshape(pad_to, len(FLOATS))
     bias_ids, bias_values = _bias_arrays([row.logit_bias or {} for row in rows])
     fields: Any = dict(
-        temperature=column("temperature"),
+        **dict(zip(FLOATS, floats.T, strict=True)),
         top_k=np.array([min(row.top_k, 2**31 - 1) for row in rows], np.int32),
-        top_p=column("top_p"),
-        min_p=column("min_p"),
-        repetition_penalty=column("repetition_penalty"),
-        presence_penalty=column("presence_penalty"),
-        frequency_penalty=column("frequency_penalty"),
-        seed=np.array(words, np.uint32).reshape(pad_to, 2),
+        seed=np.stack([words >> np.uint64(32), words & np.uint64(2**32 - 1)], 1).astype(np.uint32),
         bias_ids=bias_ids,
         bias_values=bias_values,
     )
@@ -251,6 +252,8 @@ def _bias_arrays(biases: Sequence[dict[int, float]]) -> tuple[np.ndarray, np.nda
     width = 1 << (most - 1).bit_length() if most else 0
     ids = np.full((len(biases), width), -1, np.int32)
     values = np.zeros((len(biases), width), np.float32)
+    if not width:
+        return ids, values
     for row, bias in enumerate(biases):
         ids[row, : len(bias)] = list(bias.keys())
         values[row, : len(bias)] = list(bias.values())

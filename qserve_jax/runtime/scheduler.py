@@ -16,6 +16,8 @@ from qserve_jax.runtime.sequence import Sequence
 
 WATERMARK = 0.01
 """Part of the pool that admission leaves free for those that run, so that they can grow."""
+PIECE = 256
+"""Longest chunk where a prompt may fill several rows of a call: rows are padded to the longest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Scheduler:
       `batch.MIN_PROMPT_BUCKET`.
     share_prefixes: whether sequences that begin with the same full pages share them.
     salted: whether cached keys depend on how long a sequence may become (dynamic NTK).
+    in_pieces: whether a prompt may fill several rows of a call. Attention that reads every token
+      from the pages allows that: in each layer all rows are appended before any row reads.
     """
 
     def __init__(
@@ -58,13 +62,16 @@ class Scheduler:
         *,
         share_prefixes: bool = True,
         salted: bool = False,
+        in_pieces: bool = False,
     ):
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
         self.shared_tokens = 0
         self._pool, self._budget = pool, max_num_batched_tokens
-        self._longest_chunk = 1 << (max_num_batched_tokens.bit_length() - 1)
+        self._in_pieces = in_pieces
+        budget = 1 << (max_num_batched_tokens.bit_length() - 1)
+        self._longest_chunk = min(budget, PIECE) if in_pieces else budget
         self._share_prefixes, self._salted = share_prefixes, salted
         self._slots = list(range(max_num_seqs - 1, -1, -1))
 
@@ -114,20 +121,32 @@ class Scheduler:
         and whether some are left that could run but for the budget."""
         chunks: list[Chunk] = []
         for sequence in self.running:
-            if not sequence.prefilled and not self._add_chunk(sequence, chunks):
+            if not self._add_chunks(sequence, chunks):
                 return chunks, True
         while admit and self.waiting and self._slots:
             sequence = self.waiting[0]
             if not self._take_pages(sequence):
                 break
+            shared = sequence.computed
             if not self._add_chunk(sequence, chunks):
                 self._return_pages(sequence)
                 return chunks, True
             self.waiting.popleft()
             sequence.slot = self._slots.pop()
             self.running.append(sequence)
-            self.shared_tokens += chunks[-1].start
+            self.shared_tokens += shared
+            if self._in_pieces and not self._add_chunks(sequence, chunks):
+                return chunks, True
         return chunks, any(not s.prefilled for s in self.running)
+
+    def _add_chunks(self, sequence: Sequence, chunks: list[Chunk]) -> bool:
+        """The sequence's next chunk, or all of them in pieces; False where the call has no room."""
+        while not sequence.prefilled:
+            if not self._add_chunk(sequence, chunks):
+                return False
+            if not self._in_pieces:
+                break
+        return True
 
     def _add_chunk(self, sequence: Sequence, chunks: list[Chunk]) -> bool:
         """The sequence's next chunk, where the call has room; the first one always fits."""
@@ -193,10 +212,14 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def preempt_all(self) -> None:
-        """Everyone waits again, in order: what the device had is lost."""
+        """Everyone waits again, in order: what the device had is lost. But for those that have
+        finished, where the interruption came before they were dropped."""
         for sequence in reversed(list(self.running)):
             sequence.pending = sequence.sure = 0
-            self._preempt(sequence)
+            if sequence.done:
+                self.drop(sequence)
+            else:
+                self._preempt(sequence)
 
     def drop(self, sequence: Sequence) -> None:
         """Take back what the sequence holds, whether it waits or runs or is unknown."""

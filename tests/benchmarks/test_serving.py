@@ -83,7 +83,7 @@ def test_throughput_of_two_precisions_and_a_second_run_that_measures_nothing(tmp
         assert 0 < row["ttft_ms"] < 1e3 * row["seconds"]
         assert 0 < row["tpot_ms"] * 5 + row["ttft_ms"] <= 1e3 * row["seconds"] + 1
         assert row["prefill_s"] + row["decode_s"] <= row["seconds"] * 1.01
-        assert row["decode_steps"] == 5
+        assert row["decode_steps"] == 5 and row["compiled_s"] == 0
     assert (small["precision"], small["group_size"]) == ("w4a8kv4", 128)
     assert (large["precision"], large["group_size"]) == ("w16a16kv16", None)
     assert (small["kv_bytes_per_token"], large["kv_bytes_per_token"]) == (2 * 72, 2 * 256)
@@ -132,6 +132,27 @@ def test_what_does_not_fit_is_a_row(monkeypatch, capsys):
     cells = dict(zip(header.split(","), row.split(","), strict=True))
     assert cells["tokens_per_s"] == ""
     assert cells["problem"] == "does not fit: RESOURCE_EXHAUSTED: 9 GiB"
+
+
+def test_weights_that_do_not_fit_are_rows_too(monkeypatch, capsys):
+    """And the next precision is measured."""
+    load = serving_command.load
+
+    def loads(args, precision):
+        if precision == "w16a16kv16":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 145 GiB")
+        return load(args, precision)
+
+    monkeypatch.setattr(serving_command, "load", loads)
+    flags = ["--precisions", "w16a16kv16", "w4a8kv4", "--batch", "1", "2", "--output", "json"]
+    assert run(*flags, what="decode") == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["batch"] for row in rows] == [1, 2, 1, 2]
+    for row in rows[:2]:
+        assert (row["precision"], row["group_size"]) == ("w16a16kv16", None)
+        assert row["tokens_per_s"] is None
+        assert row["problem"] == "does not fit: RESOURCE_EXHAUSTED: 145 GiB"
+    assert all(row["tokens_per_s"] > 0 for row in rows[2:])
 
 
 def test_places_are_given_away_at_once_and_a_call_is_always_on_its_way(monkeypatch):

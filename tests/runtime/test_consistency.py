@@ -9,6 +9,7 @@ import pytest
 
 import qserve_jax
 from qserve_jax import LLM, SamplingParams, load_model
+from qserve_jax.runtime import scheduler
 from qserve_jax.runtime.compile_time import compile_time
 
 DEMO = Path(qserve_jax.__file__).parent / "assets" / "demo"
@@ -54,6 +55,28 @@ def test_a_pool_that_forces_preemption_changes_no_token(loaded, alone):
     assert compile_time.seconds == warm
     assert llm.stats.preemptions - preempted > 3
     assert llm.pool.free_pages == 14 and llm.engine.idle and not llm.engine._calls
+
+
+def test_pieces_of_a_prompt_in_the_rows_of_one_call_change_no_token(loaded, monkeypatch):
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(5, 2000, n).tolist() for n in (100, 3, 64, 81)]
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    settings: dict[str, Any] = SETTINGS | {"num_pages": 40, "max_num_batched_tokens": 256}
+    tokens, calls = [], []
+    for piece in (256, 16):
+        monkeypatch.setattr(scheduler, "PIECE", piece)
+        llm = LLM(loaded, enable_prefix_caching=False, **settings)
+        prefill, shapes = llm.engine._prefill, []
+
+        def watched(*args, prefill=prefill, shapes=shapes, **kwargs):
+            shapes.append(args[5].shape)
+            return prefill(*args, **kwargs)
+
+        monkeypatch.setattr(llm.engine, "_prefill", watched)
+        tokens.append([o.token_ids for o in llm.generate(prompts, params)])
+        calls.append(shapes)
+    assert tokens[0] == tokens[1]
+    assert calls == [[(2, 128), (2, 128)], [(16, 16), (2, 16)]]
 
 
 def test_streams_say_everything_once(loaded, alone):

@@ -133,6 +133,43 @@ def test_an_interrupted_call_leaves_a_working_llm(exact, monkeypatch, when):
     assert llm.pool.free_pages == llm.pool.num_pages
 
 
+def test_who_had_just_finished_when_a_call_was_interrupted_does_not_run_on(exact, monkeypatch):
+    """Ctrl-C after a sequence's last token, before its pages are given back."""
+    llm = LLM(exact, max_model_len=64, num_pages=4)
+    (sequence,) = llm.sequences(PROMPTS[0], SamplingParams(max_tokens=5))
+    share = llm.engine.scheduler.share_generated
+
+    def interrupted(finished):
+        if finished.done:
+            raise KeyboardInterrupt
+        share(finished)
+
+    monkeypatch.setattr(llm.engine.scheduler, "share_generated", interrupted)
+    llm.engine.add([sequence])
+    with pytest.raises(KeyboardInterrupt):
+        llm.engine.run_until(lambda: sequence.done)
+    assert llm.engine.idle and llm.pool.free_pages == 4
+
+
+def test_what_a_tokenizer_raises_is_its_sequences_alone(exact, monkeypatch):
+    """Whoever has the turn gets its tokens; who owns the sequence gets the error."""
+    llm = LLM(exact, max_model_len=64, num_pages=4)
+    params = SamplingParams(max_tokens=12)
+    expected = llm.generate(PROMPTS[0], params)[0].token_ids
+    (broken,) = sequences = llm.sequences(PROMPTS[1], params)
+    stream = llm._stream(sequences)
+    next(stream)
+
+    def fails(token):
+        raise KeyError(token)
+
+    monkeypatch.setattr(broken.detokenizer, "add", fails)
+    assert llm.generate(PROMPTS[0], params)[0].token_ids == expected
+    with pytest.raises(KeyError):
+        list(stream)
+    assert llm.engine.idle and llm.pool.free_pages == 4
+
+
 def test_logits_that_are_not_finite_are_an_error(exact):
     params = jax.tree.map(lambda x: x, exact.params)
     params["final_norm"] = {"scale": jnp.full_like(params["final_norm"]["scale"], 1e38)}

@@ -4,10 +4,11 @@ import random
 
 import pytest
 
+from qserve_jax.runtime.batch import full_calls
 from qserve_jax.runtime.detokenizer import IncrementalDetokenizer
 from qserve_jax.runtime.page_table import PagePool
 from qserve_jax.runtime.sampling_params import SamplingParams
-from qserve_jax.runtime.scheduler import Scheduler
+from qserve_jax.runtime.scheduler import Chunk, Scheduler
 from qserve_jax.runtime.sequence import Sequence
 
 
@@ -18,9 +19,9 @@ def sequence(index: int, prompt: int | list[int], limit: int = 1) -> Sequence:
     return Sequence(index, 0, ids, SamplingParams(), 0, limit, (), detokenizer)
 
 
-def make(num_pages, sequences, *, places=8, budget=1024, share=True):
+def make(num_pages, sequences, *, places=8, budget=1024, share=True, in_pieces=False):
     pool = PagePool(num_pages, page_size=8)
-    scheduler = Scheduler(pool, places, budget, share_prefixes=share)
+    scheduler = Scheduler(pool, places, budget, share_prefixes=share, in_pieces=in_pieces)
     scheduler.waiting.extend(sequences)
     return pool, scheduler
 
@@ -106,6 +107,43 @@ def test_long_prompts_come_in_chunks_and_short_ones_together():
         [(2, 0, 16, True)],  # beside it, the next one would make two rows of 32
         [(3, 0, 17, True)],
     ]
+
+
+def test_prompts_fill_the_rows_of_a_call_in_pieces():
+    """Of 256 tokens, so that a row is not padded to the longest prompt."""
+    lengths = [600, 10, 1030, 300, 513]
+    sequences = [sequence(i, length, 5) for i, length in enumerate(lengths)]
+    _, scheduler = make(512, sequences, budget=4096, in_pieces=True)
+    plan = schedule(scheduler)
+    edges = [(c.sequence.index, c.start, c.end) for c in plan.chunks]
+    first = [(0, 0, 256), (0, 256, 512), (0, 512, 600), (1, 0, 10), (2, 0, 256), (2, 256, 512)]
+    assert edges[:6] == first and len(edges) == 14
+    assert [c.samples for c in plan.chunks] == [c.end == c.sequence.goal for c in plan.chunks]
+    assert plan.decoding == [c.sequence for c in plan.chunks if c.samples]
+    assert [s.computed for s in sequences] == lengths and scheduler.shared_tokens == 0
+
+
+def test_a_prompt_in_pieces_goes_on_in_the_next_call():
+    _, scheduler = make(512, [sequence(0, 700), sequence(1, 300)], budget=512, in_pieces=True)
+    seen = []
+    for _ in range(3):
+        plan = schedule(scheduler, steps=1)
+        seen.append([(c.sequence.index, c.start, c.end) for c in plan.chunks])
+        run(scheduler, plan)
+    expected = [(0, 512, 700), (1, 0, 256)]
+    assert seen == [[(0, 0, 256), (0, 256, 512)], expected, [(1, 256, 300)]]
+
+
+def test_rows_are_cut_into_calls_where_padding_costs_more():
+    def sizes(rows, length):
+        chunks = [Chunk(sequence(0, 8), 0, length, False)] * rows
+        calls = full_calls(chunks)
+        assert [c for call in calls for c in call] == chunks
+        return [len(call) for call in calls]
+
+    assert sizes(32, 256) == [32] and sizes(31, 256) == [31]  # a padded row is cheaper than a call
+    assert sizes(5, 256) == [4, 1] and sizes(22, 200) == [16, 4, 2]
+    assert sizes(22, 30) == [22] and sizes(3, 1024) == [2, 1] and sizes(3, 256) == [3]
 
 
 def test_the_last_gives_way_and_comes_back_first():

@@ -1,0 +1,174 @@
+"""The engine before a device whose cache holds the tokens themselves, and whose next token is a
+hash of what a row's pages hold: who reads or writes another's page gets other tokens."""
+
+import random
+from collections import deque
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qserve_jax import LLM, QuantConfig, SamplingParams
+from qserve_jax.benchmarks.dummy import dummy_model
+from qserve_jax.models import ModelConfig
+from qserve_jax.runtime import batch, scheduler
+from qserve_jax.runtime.sampling import SampleOutput
+
+TINY = ModelConfig("llama", 256, 128, 128, 1, 2, 1, 64, 256)
+WEIGHTS = np.random.default_rng(0).integers(1, 10**6, 256)
+
+
+def next_token(tokens) -> int:
+    return int((np.asarray(tokens) + 1) @ WEIGHTS[: len(tokens)] % TINY.vocab_size)
+
+
+def expected(prompt: list[int], params: SamplingParams) -> list[int]:
+    tokens: list[int] = []
+    while len(tokens) < params.max_tokens and not set(tokens[-1:]) & set(params.stop_token_ids):
+        tokens.append(next_token(prompt + tokens))
+    return tokens
+
+
+class Paper:
+    """Takes the place of the two calls of an engine; `fails` says when one is interrupted."""
+
+    def __init__(self, llm: LLM, fails=lambda: False):
+        self.engine, self.fails = llm.engine, fails
+        self.cells = np.full((llm.pool.num_pages, llm.pool.page_size), -1)
+        self.last, self.length, self.left = np.zeros((3, llm.engine.max_num_seqs + 1), int)
+        llm.engine._prefill = self.prefill  # pyright: ignore[reportAttributeAccessIssue]
+        llm.engine._decode = self.decode  # pyright: ignore[reportAttributeAccessIssue]
+
+    def place(self, table, position):
+        size = self.cells.shape[1]
+        assert table[position // size] >= 0, "a page that the row does not have"
+        return table[position // size], position % size
+
+    def choose(self, table, slot, stop_ids) -> int:
+        token = next_token([self.cells[self.place(table, i)] for i in range(self.length[slot])])
+        self.last[slot] = token
+        self.left[slot] = 0 if token in stop_ids else self.left[slot] - 1
+        return token
+
+    def answer(self, cache, live, tokens):
+        if self.fails():
+            raise KeyboardInterrupt
+        return cache, live, SampleOutput(tokens, np.ones_like(tokens, bool))  # pyright: ignore
+
+    def prefill(self, model, params, cache, live, slots, tokens, state, query_lens, samples, **_):
+        table, ends = np.asarray(state.block_table), np.asarray(state.context_lens)
+        counts = ends if query_lens is None else query_lens
+        for row, count in enumerate(counts):  # all rows append before any reads
+            for i in range(count):
+                self.cells[self.place(table[row], ends[row] - count + i)] = tokens[row, i]
+        out = np.full((len(slots), 1), -1)
+        for row, slot in enumerate(slots):
+            self.last[slot], self.length[slot] = state.tokens[row], ends[row]
+            self.left[slot] = state.remaining[row]
+            if samples[row]:
+                assert slot < self.engine.max_num_seqs and counts[row] > 0
+                out[row] = self.choose(table[row], slot, state.stop_ids[row])
+        return self.answer(cache, live, out)
+
+    def decode(self, model, params, cache, live, slots, state, steps, yields, *, max_steps, **_):
+        slots, table = np.asarray(slots), np.asarray(state.block_table)
+        stop_ids, out = np.asarray(state.stop_ids), np.full((len(slots), max_steps), -1)
+        for step in range(steps):
+            rows = [r for r, s in enumerate(slots) if s < len(self.left) - 1 and self.left[s] > 0]
+            for row in rows:
+                slot = slots[row]
+                self.cells[self.place(table[row], self.length[slot])] = self.last[slot]
+                self.length[slot] += 1
+            for row in rows:
+                out[row, step] = self.choose(table[row], slots[row], stop_ids[row])
+            if yields and any(self.left[slots[row]] == 0 for row in rows):
+                break
+        return self.answer(cache, live, out)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return dummy_model(TINY, QuantConfig())
+
+
+def some_llm(loaded, rng: random.Random) -> LLM:
+    """Of small sizes, often with no more pages than one request may need."""
+    page_size, attends = rng.choice([1, 4, 16]), rng.choice(["full", "quantized", "quantized"])
+    needed = -(-160 // page_size)
+    settings: dict[str, Any] = {
+        "page_size": page_size,
+        "num_pages": rng.choice([needed, needed + 1, 2 * needed, 5 * needed]),
+        "max_num_seqs": rng.choice([1, 3, 8]),
+        "max_num_batched_tokens": rng.choice([16, 48, 256]),
+        "enable_prefix_caching": rng.random() < 0.7,
+    }
+    return LLM(loaded, max_model_len=160, attends=attends, **settings)
+
+
+def some_requests(rng: random.Random, page_size: int):
+    """Prompts that often share a beginning or end at a page's edge; limits of often one token."""
+    base = [rng.randrange(256) for _ in range(80)]
+    prompts, params = [], []
+    for _ in range(rng.choice([1, 5, 20])):
+        edges = [1, page_size, page_size + 1, 2 * page_size, rng.randrange(1, 81)]
+        length = rng.choice(edges)
+        cut = rng.choice([0, length, rng.randrange(length + 1)])
+        prompts.append(base[:cut] + [rng.randrange(256) for _ in range(length - cut)])
+        stops = [rng.randrange(256) for _ in range(rng.choice([0, 0, 3, 40]))]
+        limit = rng.choice([1, 2, 80, rng.randrange(1, 81)])
+        params.append(SamplingParams(max_tokens=limit, stop_token_ids=stops))
+    return prompts, params
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(scheduler, "PIECE", 16)
+    monkeypatch.setattr(batch, "CALL_TOKENS", 32)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_whatever_comes_and_goes(loaded, small_pieces, seed):
+    rng = random.Random(seed)
+    llm = some_llm(loaded, rng)
+    Paper(llm)
+    for _ in range(3):
+        prompts, params = some_requests(rng, llm.pool.page_size)
+        wanted = [expected(p, s) for p, s in zip(prompts, params, strict=True)]
+        assert [o.token_ids for o in llm.generate(prompts, params)] == wanted
+        streams = [llm.stream(p, s) for p, s in zip(prompts, params, strict=True)]
+        told, open_ones = [[] for _ in prompts], set(range(len(prompts)))
+        while open_ones:
+            i = rng.choice(sorted(open_ones))
+            piece = next(streams[i], None) if rng.random() < 0.9 else None
+            told[i] += piece.token_ids if piece else []
+            if piece is None:  # it has ended, or is left here
+                streams[i].close()
+                open_ones.discard(i)
+        for tokens, all_of_them in zip(told, wanted, strict=True):
+            assert tokens == all_of_them[: len(tokens)]
+        assert llm.engine.idle and llm.pool.free_pages == llm.pool.num_pages
+    assert sorted(llm.engine.scheduler._slots) == list(range(llm.engine.max_num_seqs))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_interruptions_at_any_call(loaded, small_pieces, seed):
+    """Nothing is lost, made or said twice."""
+    rng = random.Random(seed)
+    llm = some_llm(loaded, rng)
+    Paper(llm, fails=lambda: rng.random() < 0.1)
+    prompts, params = some_requests(rng, llm.pool.page_size)
+    sequences, told = llm.sequences(prompts, params), deque()
+    for sequence in sequences:
+        sequence.listener, sequence.streams = told.append, True
+    llm.engine.add(sequences)
+    while not llm.engine.idle:
+        try:
+            llm.engine.run_until(lambda: llm.engine.idle)
+        except KeyboardInterrupt:
+            pass
+    wanted = [expected(p, s) for p, s in zip(prompts, params, strict=True)]
+    heard = [[] for _ in prompts]
+    for piece in told:
+        heard[piece.index] += piece.token_ids
+    assert [s.tokens for s in sequences] == heard == wanted
+    assert llm.pool.free_pages == llm.pool.num_pages

@@ -312,6 +312,21 @@ def process_settings(args: argparse.Namespace) -> dict[str, Any] | None:
     return found
 
 
+def check_one_process(args: argparse.Namespace, what: str) -> None:
+    """Raises UsageError where the flags or the environment ask for several processes.
+
+    What comes from outside, at any time, would reach them in different orders.
+    """
+    settings = process_settings(args)
+    if settings is not None and settings.get("num_processes") != 1:
+        flag = "--coordinator-address"
+        raise UsageError(
+            f"{flag} is set ({settings.get('coordinator_address', 'auto')}) but {what} runs in one "
+            f"process: leave it out (or unset ${PROCESS_VARIABLES['coordinator_address']}) and "
+            "share the model among this machine's devices by --tensor-parallel-size"
+        )
+
+
 def start_devices(args: argparse.Namespace) -> Mesh | None:
     """The mesh that the flags ask for, None for one device. Before JAX's first use of a device.
 

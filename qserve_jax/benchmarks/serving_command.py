@@ -113,6 +113,8 @@ def run(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     """Raises UsageError for what argparse cannot see."""
     _cli.check_model_arguments(args)
+    if args.what == "latency":
+        _cli.check_one_process(args, "bench latency")
     if args.dummy_weights != (args.model_shape is not None):
         raise UsageError("--dummy-weights and --model-shape go together: give both or neither")
     if args.precision and args.precisions:

@@ -181,6 +181,12 @@ def test_requests_longer_than_the_context(capsys, what):
     assert message in capsys.readouterr().err
 
 
+def test_latency_is_of_one_process(capsys):
+    flags = ["--coordinator-address", "a:1", "--num-processes", "2", "--process-id", "0"]
+    assert run(*flags, what="latency") == 2
+    assert "(a:1) but bench latency runs in one process" in capsys.readouterr().err
+
+
 def test_the_longest_request_is_that_of_the_flag(capsys):
     assert run("--max-model-len", "20") == 1
     assert "prompt has 24 tokens but the context holds 20" in capsys.readouterr().err

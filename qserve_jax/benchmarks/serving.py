@@ -19,9 +19,9 @@ import numpy as np
 
 from qserve_jax.benchmarks.serving_report import Row
 from qserve_jax.checkpoint import LoadedModel
-from qserve_jax.models import ModelConfig
+from qserve_jax.models import CausalLM
 from qserve_jax.models.collectives import prepare_model
-from qserve_jax.quantization.qtensor import nbytes
+from qserve_jax.models.sharding import rank_config, ranks_of
 from qserve_jax.runtime import (
     LLM,
     AsyncLLM,
@@ -33,7 +33,7 @@ from qserve_jax.runtime import (
     init_cache,
     make_sampling_state,
 )
-from qserve_jax.runtime.run_stats import peak_bytes
+from qserve_jax.runtime.device_memory import held_bytes, peak_bytes
 
 GIB = 2**30
 DECODE_STEPS = 64
@@ -167,7 +167,7 @@ def make_decoding(loaded: LoadedModel, work: Workload) -> Decoding:
 def decode(loaded: LoadedModel, work: Workload, repeats: int = 3) -> Row:
     """Decoding alone; the fastest of `repeats` runs."""
     d = make_decoding(loaded, work)
-    cache_bytes, cache = nbytes(d.cache), d.cache
+    cache_bytes, cache = held_bytes(d.cache), d.cache
     cache, _, _ = jax.block_until_ready(d.run(d.params, cache, d.state, d.steps))  # compiles
     best = float("inf")
     for _ in range(repeats):
@@ -183,7 +183,7 @@ def decode(loaded: LoadedModel, work: Workload, repeats: int = 3) -> Row:
         "tpot_ms": 1e3 * best / work.output,
         "seconds": best,
         "decode_steps": work.output,
-        **memory(d.params, cache_bytes, loaded.config, loaded.quant_config.kv_bits),
+        **memory(loaded.model, d.params, cache_bytes, loaded.quant_config.kv_bits),
     }
 
 
@@ -255,16 +255,18 @@ def workload_columns(work: Workload) -> Row:
     return {"batch": work.batch, "input": work.input, "output": work.output}
 
 
-def memory(params: Any, cache_bytes: int, config: ModelConfig, kv_bits: int) -> Row:
-    """GiB of weights and cache, bytes a cached token takes, and the peak of this process so far."""
+def memory(model: CausalLM, params: Any, cache_bytes: int, kv_bits: int) -> Row:
+    """GiB of weights and cache, bytes a cached token takes, and the peak of this process so far;
+    of the fullest device where several share the model."""
+    own = rank_config(model.config, ranks_of(model.mesh))
     dtype = params["embed"]["embedding"].dtype
     return {
         "peak_gib": peak_bytes() / GIB,
-        "weights_gib": nbytes(params) / GIB,
+        "weights_gib": held_bytes(params) / GIB,
         "cache_gib": cache_bytes / GIB,
-        "kv_bytes_per_token": cache_bytes_per_token(config, kv_bits, dtype),
+        "kv_bytes_per_token": cache_bytes_per_token(own, kv_bits, dtype),
     }
 
 
 def llm_memory(llm: LLM) -> Row:
-    return memory(llm.params, llm.engine.cache_bytes, llm.config, llm.quant_config.kv_bits)
+    return memory(llm.model, llm.params, llm.engine.cache_bytes, llm.quant_config.kv_bits)

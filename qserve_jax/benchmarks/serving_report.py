@@ -2,8 +2,9 @@
 
 The file: device, jax, commit, versions; rows {"bench", "model", "precision", "group_size", "batch",
 "input", "output", "tokens_per_s", "ttft_ms", "tpot_ms", "peak_gib", "gpus", ...}. tokens_per_s is
-null where a case does not fit, and `problem` says why. peak_gib is that of the process so far: for
-the peak of one case run that case alone.
+null where a case does not fit, and `problem` says why. `gpus` share the model: tokens_per_s is what
+they make together; weights_gib, cache_gib, kv_bytes_per_token and peak_gib are of the fullest one.
+peak_gib is that of the process so far: for the peak of one case run that case alone.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ KEY = (
 )
 """What tells cases apart."""
 COLUMNS = (
-    *("bench", "model", "precision", "group_size", "batch", "input", "output", "rate"),
+    *("bench", "model", "precision", "group_size", "gpus", "batch", "input", "output", "rate"),
     *("tokens_per_s", "ttft_ms", "tpot_ms", "weights_gib", "cache_gib", "peak_gib"),
 )
 

@@ -1,5 +1,6 @@
 """Serving benchmarks on the CPU, with a tiny random model and with the demo."""
 
+import dataclasses
 import json
 
 import jax
@@ -99,7 +100,7 @@ def test_decode_and_its_table(capsys):
     assert run("--batch", "1", "4", what="decode") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("| bench | model | precision |") and len(lines) == 4
-    assert lines[2].startswith("| decode | llama3-8b | w4a8kv4 | 128 | 1 | 24 | 6 | - | ")
+    assert lines[2].startswith("| decode | llama3-8b | w4a8kv4 | 128 | 1 | 1 | 24 | 6 | - | ")
 
 
 def test_decode_steps_start_from_a_full_cache():
@@ -109,6 +110,28 @@ def test_decode_steps_start_from_a_full_cache():
     assert row["tokens_per_s"] == pytest.approx(10 / row["seconds"])
     assert row["cache_gib"] * 2**30 == 2 * 3 * 16 * row["kv_bytes_per_token"]
     assert row["weights_gib"] * 2**30 == pytest.approx(nbytes(loaded.params))
+
+
+def test_bytes_of_shared_models_are_those_of_one_device(monkeypatch, capsys):
+    """It has half of every kernel, of the embedding, the head and each page, and all of the norms
+    and of the channel scales of o and down."""
+    shared = dataclasses.replace(TINY, num_heads=4, num_kv_heads=2)
+    monkeypatch.setitem(model_shapes.MODEL_CONFIGS, "llama3-8b", shared)
+
+    def row(gpus, what):
+        flags = ("--tensor-parallel-size", str(gpus), "--output-len", "2", "--output", "json")
+        assert run(*flags, what=what) == 0
+        (row,) = json.loads(capsys.readouterr().out)["rows"]
+        assert row["gpus"] == gpus and f" 128 | {gpus} | 4 |" in serving_report.markdown([row])
+        return row
+
+    one, whole = row(1, "decode"), (2 * 2 + 1) * 128 * 2 + 2 * 2 * 128 * 4
+    for two in row(2, "decode"), row(2, "throughput"):
+        bytes_of_one, bytes_of_two = (r["weights_gib"] * 2**30 for r in (one, two))
+        assert bytes_of_two == pytest.approx((bytes_of_one - whole) / 2 + whole, abs=0.5)
+        assert two["kv_bytes_per_token"] == one["kv_bytes_per_token"] / 2 == 2 * 72
+        pages = two["cache_gib"] * 2**30 / (16 * 2 * 72)
+        assert pages == {"decode": 8, "throughput": 9}[two["bench"]]
 
 
 def test_latency(capsys):

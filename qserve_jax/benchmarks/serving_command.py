@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,6 +145,7 @@ def measure(args: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
                 "group_size": config.group_size if config.weight_bits == 4 else None,
                 "attends": args.attends,
                 "lm_head_bits": args.lm_head_bits,
+                "xla_flags": os.environ.get("XLA_FLAGS") or None,
                 **case,
                 **{name: getattr(args, name, None) for name in SETTINGS},
             }

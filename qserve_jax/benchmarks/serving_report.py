@@ -26,7 +26,7 @@ SETTINGS = (
 """Flags that change what is measured, as they were given."""
 KEY = (
     *("bench", "model", "precision", "group_size", "batch", "input", "output", "gpus", "rate"),
-    *("attends", "lm_head_bits", *SETTINGS),
+    *("attends", "lm_head_bits", "xla_flags", *SETTINGS),
 )
 """What tells cases apart."""
 COLUMNS = (

@@ -96,6 +96,15 @@ def test_throughput_of_two_precisions_and_a_second_run_that_measures_nothing(tmp
     assert rows == report["rows"] and other["num_pages"] == 9
 
 
+def test_rows_of_other_xla_flags_are_other_cases(tmp_path, monkeypatch, capsys):
+    path, told = tmp_path / "r.json", []
+    for flags in ("", "", "--xla_cpu_enable_fast_min_max=false"):
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        assert run("--batch", "1", "--output-len", "1", "--save", str(path), what="decode") == 0
+        told.append([row["xla_flags"] for row in json.loads(path.read_text())["rows"]])
+    assert told == [[None], [None], [None, "--xla_cpu_enable_fast_min_max=false"]]
+
+
 def test_decode_and_its_table(capsys):
     assert run("--batch", "1", "4", what="decode") == 0
     lines = capsys.readouterr().out.splitlines()

@@ -48,8 +48,8 @@ centre [K, H] or None, layer index, state) -> (output [B, T, N, H], state)."""
 
 LAYERS_AT_ONCE = 8
 """In one round of the loop, where kernels read quantised layers in place: on a GPU a round costs a
-kernel more, which counts. Float layers are sliced by the loop: XLA copies the slices of a round, but
-can read those of a single layer in place (docs/architecture.md, several devices)."""
+kernel more, which counts. Float layers are sliced by the loop: XLA copies the slices of a round,
+but can read those of a single layer in place (docs/architecture.md, several devices)."""
 
 Tap = Callable[[str, Callable[[], Array]], None]
 """Shown the layer's matmul inputs and heads by name, as thunks; see `calibration.matmul_inputs`."""

@@ -21,7 +21,7 @@ from qserve_jax.benchmarks.serving_report import Row
 from qserve_jax.checkpoint import LoadedModel
 from qserve_jax.models import CausalLM
 from qserve_jax.models.collectives import prepare_model
-from qserve_jax.models.sharding import rank_config, ranks_of
+from qserve_jax.models.sharding import P, axis_of, cache_spec, rank_config, ranks_of, shardings
 from qserve_jax.runtime import (
     LLM,
     AsyncLLM,
@@ -34,6 +34,7 @@ from qserve_jax.runtime import (
     make_sampling_state,
 )
 from qserve_jax.runtime.device_memory import held_bytes, peak_bytes
+from qserve_jax.runtime.distributed import to_devices
 
 GIB = 2**30
 DECODE_STEPS = 64
@@ -161,7 +162,12 @@ def make_decoding(loaded: LoadedModel, work: Workload) -> Decoding:
     loop = functools.partial(
         decode_loop, model, max_steps=steps, features=features, attends=attends
     )
-    return Decoding(jax.jit(loop, donate_argnums=1), params, cache, state, steps)
+    options: dict[str, Any] = {}
+    if model.mesh is not None:  # of what goes in as of what comes out, or it compiles twice
+        state = to_devices(state, model.mesh)
+        places = cache_spec(axis_of(model.mesh)), P(), P()
+        options["out_shardings"] = shardings(places, model.mesh)
+    return Decoding(jax.jit(loop, donate_argnums=1, **options), params, cache, state, steps)
 
 
 def decode(loaded: LoadedModel, work: Workload, repeats: int = 3) -> Row:

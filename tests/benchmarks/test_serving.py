@@ -12,6 +12,7 @@ from qserve_jax import LLM, QuantConfig, SamplingParams, bench
 from qserve_jax.benchmarks import model_shapes, plot, serving, serving_command, serving_report
 from qserve_jax.benchmarks.dummy import dummy_model
 from qserve_jax.models import ModelConfig, param_shapes
+from qserve_jax.models.sharding import tensor_mesh
 from qserve_jax.quantization.packing import dequantize_weight
 from qserve_jax.quantization.qtensor import is_quantized, nbytes
 
@@ -141,6 +142,17 @@ def test_bytes_of_shared_models_are_those_of_one_device(monkeypatch, capsys):
         assert two["kv_bytes_per_token"] == one["kv_bytes_per_token"] / 2 == 2 * 72
         pages = two["cache_gib"] * 2**30 / (16 * 2 * 72)
         assert pages == {"decode": 8, "throughput": 9}[two["bench"]]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_decoding_is_compiled_once(ranks):
+    config = dataclasses.replace(TINY, num_heads=4, num_kv_heads=2)
+    loaded = dummy_model(config, QuantConfig(), mesh=tensor_mesh(ranks))
+    d = serving.make_decoding(loaded, serving.Workload(2, 4, 3, {"page_size": 16}))
+    cache, state = d.cache, d.state
+    for _ in range(2):
+        cache, state, _ = d.run(d.params, cache, state, d.steps)
+    assert d.run._cache_size() == 1  # pyright: ignore
 
 
 def test_latency(capsys):

@@ -47,7 +47,9 @@ Attention = Callable[[Sequence[Array], Turn, Array | None, Array, Any], tuple[Ar
 centre [K, H] or None, layer index, state) -> (output [B, T, N, H], state)."""
 
 LAYERS_AT_ONCE = 8
-"""In one round of the loop, where kernels run: on a GPU a round costs one more, which counts."""
+"""In one round of the loop, where kernels read quantised layers in place: on a GPU a round costs a
+kernel more, which counts. Float layers are sliced by the loop: XLA copies the slices of a round,
+but can read those of a single layer in place (docs/architecture.md, several devices)."""
 
 Tap = Callable[[str, Callable[[], Array]], None]
 """Shown the layer's matmul inputs and heads by name, as thunks; see `calibration.matmul_inputs`."""
@@ -405,7 +407,9 @@ def _prefill(
     attention = cached_attention(
         model, block_table, context_lens, query_lens, slots, cached_pages, attends
     )
-    unroll = 1 if usable(model.backend) == ("reference",) else LAYERS_AT_ONCE
+    kernels = usable(model.backend) != ("reference",)
+    quantized = any(map(is_quantized, jax.tree.leaves(params["layers"], is_leaf=is_quantized)))
+    unroll = LAYERS_AT_ONCE if kernels and quantized else 1
     x, cache = hidden_states(model, params, tokens, positions, rope_lens, attention, cache, unroll)
     if not all_logits:
         last = jnp.clip(query_lens - 1, 0, t - 1)

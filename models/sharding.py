@@ -198,6 +198,11 @@ def shardings(specs: Any, mesh: Mesh) -> Any:
     )
 
 
+def ranks_of(mesh: Mesh | None) -> int:
+    """How many devices share a model."""
+    return 1 if mesh is None else mesh.size
+
+
 def axis_of(mesh: Mesh) -> str:
     """The name of the mesh's one axis."""
     return mesh.axis_names[0]

@@ -208,8 +208,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--page-size", type=positive, metavar="N", default=64,
         help="tokens per page of the KV cache (default: %(default)s)")
     add("--num-pages", type=positive, metavar="N",
-        help="pages of the KV cache (default: what the prompts and --max-tokens need, as far as "
-        "memory goes)")
+        help="pages of the KV cache, of which each device holds its heads (default: what the "
+        "prompts and --max-tokens need, as far as the memory of each device goes)")
     add("--max-num-seqs", type=positive, metavar="N",
         help="sequences decoded together (default: all, at most 64)")
     add("--max-num-batched-tokens", type=whole_number(16), metavar="N", default=8192,
@@ -261,7 +261,8 @@ def add_device_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     # fmt: off
     add("--tensor-parallel-size", type=whole_number(1), metavar="N", default=1,
-        help="devices that share the model (default: %(default)s)")
+        help="devices that share the model; bytes are reported of one of them, the fullest "
+        "(default: %(default)s)")
     add("--coordinator-address", metavar="HOST:PORT",
         help="of several processes that share the model, where the first one listens; auto where "
         "the cluster tells JAX (default: $JAX_COORDINATOR_ADDRESS, or one process)")
@@ -310,6 +311,21 @@ def process_settings(args: argparse.Namespace) -> dict[str, Any] | None:
             f"{found['num_processes']}: processes count from 0"
         )
     return found
+
+
+def check_one_process(args: argparse.Namespace, what: str) -> None:
+    """Raises UsageError where the flags or the environment ask for several processes.
+
+    What comes from outside, at any time, would reach them in different orders.
+    """
+    settings = process_settings(args)
+    if settings is not None and settings.get("num_processes") != 1:
+        flag = "--coordinator-address"
+        raise UsageError(
+            f"{flag} is set ({settings.get('coordinator_address', 'auto')}) but {what} runs in one "
+            f"process: leave it out (or unset ${PROCESS_VARIABLES['coordinator_address']}) and "
+            "share the model among this machine's devices by --tensor-parallel-size"
+        )
 
 
 def start_devices(args: argparse.Namespace) -> Mesh | None:

@@ -84,6 +84,7 @@ def build_parser() -> _cli.Parser:
 def checked_arguments(args: argparse.Namespace) -> SamplingParams:
     """What the flags say about sampling. Raises UsageError."""
     _cli.check_model_arguments(args)
+    _cli.check_one_process(args, "the conversation")
     fields = {field.name for field in dataclasses.fields(SamplingParams)} - {"seed"}
     try:
         return SamplingParams(**{k: v for k, v in vars(args).items() if k in fields})

@@ -183,7 +183,7 @@ def run(args: argparse.Namespace, text: str | None) -> dict[str, Any]:
     """Quantise. Returns what is worth telling."""
     from qserve_jax.layerwise import open_source, quantize_checkpoint
     from qserve_jax.layerwise.plot import plot_errors
-    from qserve_jax.runtime.run_stats import peak_bytes
+    from qserve_jax.runtime.device_memory import peak_bytes
 
     _cli.leave_matmuls_to_cublas()
     _cli.enable_compilation_cache()

@@ -46,6 +46,7 @@ def serve(argv: Sequence[str]) -> None:
     with parser.errors_name_flags():
         args = parser.parse_args(argv)
         _cli.check_model_arguments(args)
+        _cli.check_one_process(args, "the server")
         api_key = checked_key(args.api_key)
         bound = listening_socket(args)
         llm = load(args)
@@ -140,9 +141,10 @@ def load(args: argparse.Namespace) -> LLM:
     if not args.quiet:
         if is_float:
             print("note: weights were quantised on load, by round-to-nearest", file=sys.stderr)
+        ranks = args.tensor_parallel_size
         print(
             f"loaded in {took:.1f} s · {llm.pool.num_pages} pages of {llm.pool.page_size} tokens · "
-            f"{llm.max_num_seqs} sequences at once",
+            f"{llm.max_num_seqs} sequences at once" + f" · {ranks} devices" * (ranks > 1),
             file=sys.stderr,
         )
     return llm

@@ -29,7 +29,7 @@ def load(folder: str) -> dict[str, Any]:
     from qserve_jax.checkpoint import load_model
     from qserve_jax.pallas_kernels import prepare_for_backend
     from qserve_jax.quantization.qtensor import nbytes
-    from qserve_jax.runtime.run_stats import peak_bytes
+    from qserve_jax.runtime.device_memory import peak_bytes
 
     _cli.enable_compilation_cache()
     jax.block_until_ready(jax.numpy.zeros(1))

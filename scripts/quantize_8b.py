@@ -34,7 +34,7 @@ from qserve_jax.layerwise import open_source, quantize_checkpoint
 from qserve_jax.layerwise.source import layer_targets, one_layer, top_targets
 from qserve_jax.models import ModelConfig, param_shapes
 from qserve_jax.quantization.recipes import RECIPES, find_recipe
-from qserve_jax.runtime.run_stats import peak_bytes
+from qserve_jax.runtime.device_memory import peak_bytes
 
 LLAMA3_8B = ModelConfig(
     model_type="llama",

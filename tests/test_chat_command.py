@@ -93,11 +93,13 @@ def test_a_context_that_is_full(say, llm):
     assert "the context holds 64" in err and "/reset forgets" in err
 
 
-def test_bad_flags(say):
+def test_bad_flags(say, monkeypatch):
     assert "--temperature -1.0 must be" in say([], "--temperature", "-1", code=2).err
     assert (
         "--system-prompt 'a' needs a chat template" in say([], "--system-prompt", "a", code=1).err
     )
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "auto")  # each process would read its own stdin
+    assert "is set (auto) but the conversation runs in one process" in say([], code=2).err
 
 
 def test_prompts():

@@ -9,23 +9,28 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+import qserve_jax
+from qserve_jax import LLM, SamplingParams
 from qserve_jax.serve import API_KEY_VARIABLE, main
 
 openai = pytest.importorskip("openai", reason="needs the extra dev")
 
+DEMO = Path(qserve_jax.__file__).parent / "assets" / "demo"
 KEY = "sk-never-to-be-seen"
 FLAGS = ("--max-model-len", "256", "--max-num-seqs", "1", "--num-pages", "4")
 FLAGS += ("--precision", "w16a16kv16", "--dtype", "float32")  # which compiles fastest
 
 
 @contextlib.contextmanager
-def server(*flags, port=0):
+def server(*flags, port=0, devices=1):
     """A process that serves the demo model, its port, and what it had said when it was ready."""
     argv = [sys.executable, "-m", "qserve_jax.serve", "--port", str(port), *FLAGS, *flags]
-    env = os.environ | {API_KEY_VARIABLE: KEY, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    env = os.environ | {API_KEY_VARIABLE: KEY, "JAX_PLATFORMS": "cpu"}
+    env["JAX_NUM_CPU_DEVICES"] = str(devices)
     process = subprocess.Popen(
         argv, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
     )
@@ -106,6 +111,26 @@ def test_killed_in_a_stream_and_started_again():
     assert out == "" and KEY not in said + err and "Traceback" not in err
 
 
+def test_two_devices_share_the_model():
+    """What clients get together is what one device makes of each prompt."""
+    prompts, limit = ["Once upon", "The dog"], 12
+    with (
+        server("--tensor-parallel-size", "2", devices=2) as (process, port, said),
+        client_of(port) as client,
+    ):
+        assert said.count(" · 2 devices\n") == 1
+        answer = client.completions.create(
+            model="demo", prompt=prompts, max_tokens=limit, temperature=0
+        )
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0 and "Traceback" not in err
+    llm = LLM(DEMO, "w16a16kv16", dtype="float32", max_model_len=256, num_pages=4)
+    wanted = llm.generate(prompts, SamplingParams(max_tokens=limit))
+    assert [choice.text for choice in answer.choices] == [output.text for output in wanted]
+    assert len({choice.text for choice in answer.choices}) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_time_that_runs_out(number, code):
@@ -156,6 +181,8 @@ def test_ports_and_flags_that_cannot_be_used(capsys, monkeypatch):
     assert "--grace" in error_of("--grace", "nan")
     assert "--max-body-bytes" in error_of("--max-body-bytes", "0")
     assert "cannot be read (No such file" in error_of("--chat-template", "/no/such/file")
+    message = error_of("--coordinator-address", "a:1", "--num-processes=2", "--process-id=0")
+    assert "--coordinator-address is set (a:1) but the server runs in one process" in message
     for key in ("", "a key", "schlüssel", "sk-\n"):
         message = error_of("--api-key", key)
         assert "--api-key is empty or has spaces" in message and (not key or key not in message)

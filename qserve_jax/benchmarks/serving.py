@@ -19,9 +19,9 @@ import numpy as np
 
 from qserve_jax.benchmarks.serving_report import Row
 from qserve_jax.checkpoint import LoadedModel
-from qserve_jax.models import ModelConfig
+from qserve_jax.models import CausalLM
 from qserve_jax.models.collectives import prepare_model
-from qserve_jax.quantization.qtensor import nbytes
+from qserve_jax.models.sharding import P, axis_of, cache_spec, rank_config, ranks_of, shardings
 from qserve_jax.runtime import (
     LLM,
     AsyncLLM,
@@ -34,7 +34,8 @@ from qserve_jax.runtime import (
     make_sampling_state,
 )
 from qserve_jax.runtime.compile_time import compile_time
-from qserve_jax.runtime.run_stats import peak_bytes
+from qserve_jax.runtime.device_memory import held_bytes, peak_bytes
+from qserve_jax.runtime.distributed import to_devices
 
 GIB = 2**30
 DECODE_STEPS = 64
@@ -163,13 +164,18 @@ def make_decoding(loaded: LoadedModel, work: Workload) -> Decoding:
     loop = functools.partial(
         decode_loop, model, max_steps=steps, features=features, attends=attends
     )
-    return Decoding(jax.jit(loop, donate_argnums=1), params, cache, state, steps)
+    options: dict[str, Any] = {}
+    if model.mesh is not None:  # of what goes in as of what comes out, or it compiles twice
+        state = to_devices(state, model.mesh)
+        places = cache_spec(axis_of(model.mesh)), P(), P()
+        options["out_shardings"] = shardings(places, model.mesh)
+    return Decoding(jax.jit(loop, donate_argnums=1, **options), params, cache, state, steps)
 
 
 def decode(loaded: LoadedModel, work: Workload, repeats: int = 3) -> Row:
     """Decoding alone; the fastest of `repeats` runs."""
     d = make_decoding(loaded, work)
-    cache_bytes, cache = nbytes(d.cache), d.cache
+    cache_bytes, cache = held_bytes(d.cache), d.cache
     cache, _, _ = jax.block_until_ready(d.run(d.params, cache, d.state, d.steps))  # compiles
     best = float("inf")
     for _ in range(repeats):
@@ -185,7 +191,7 @@ def decode(loaded: LoadedModel, work: Workload, repeats: int = 3) -> Row:
         "tpot_ms": 1e3 * best / work.output,
         "seconds": best,
         "decode_steps": work.output,
-        **memory(d.params, cache_bytes, loaded.config, loaded.quant_config.kv_bits),
+        **memory(loaded.model, d.params, cache_bytes, loaded.quant_config.kv_bits),
     }
 
 
@@ -258,16 +264,18 @@ def workload_columns(work: Workload) -> Row:
     return {"batch": work.batch, "input": work.input, "output": work.output}
 
 
-def memory(params: Any, cache_bytes: int, config: ModelConfig, kv_bits: int) -> Row:
-    """GiB of weights and cache, bytes a cached token takes, and the peak of this process so far."""
+def memory(model: CausalLM, params: Any, cache_bytes: int, kv_bits: int) -> Row:
+    """GiB of weights and cache, bytes a cached token takes, and the peak of this process so far;
+    of the fullest device where several share the model."""
+    own = rank_config(model.config, ranks_of(model.mesh))
     dtype = params["embed"]["embedding"].dtype
     return {
         "peak_gib": peak_bytes() / GIB,
-        "weights_gib": nbytes(params) / GIB,
+        "weights_gib": held_bytes(params) / GIB,
         "cache_gib": cache_bytes / GIB,
-        "kv_bytes_per_token": cache_bytes_per_token(config, kv_bits, dtype),
+        "kv_bytes_per_token": cache_bytes_per_token(own, kv_bits, dtype),
     }
 
 
 def llm_memory(llm: LLM) -> Row:
-    return memory(llm.params, llm.engine.cache_bytes, llm.config, llm.quant_config.kv_bits)
+    return memory(llm.model, llm.params, llm.engine.cache_bytes, llm.quant_config.kv_bits)

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,6 +114,8 @@ def run(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     """Raises UsageError for what argparse cannot see."""
     _cli.check_model_arguments(args)
+    if args.what == "latency":
+        _cli.check_one_process(args, "bench latency")
     if args.dummy_weights != (args.model_shape is not None):
         raise UsageError("--dummy-weights and --model-shape go together: give both or neither")
     if args.precision and args.precisions:
@@ -148,6 +151,7 @@ def measure(args: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
                 "group_size": config.group_size if config.weight_bits == 4 else None,
                 "attends": args.attends,
                 "lm_head_bits": args.lm_head_bits,
+                "xla_flags": os.environ.get("XLA_FLAGS") or None,
                 **case,
                 **{name: getattr(args, name, None) for name in SETTINGS},
             }

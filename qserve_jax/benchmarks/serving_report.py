@@ -2,9 +2,10 @@
 
 The file: device, jax, commit, versions; rows {"bench", "model", "precision", "group_size", "batch",
 "input", "output", "tokens_per_s", "ttft_ms", "tpot_ms", "peak_gib", "gpus", ...}. tokens_per_s is
-null where a case does not fit, and `problem` says why. compiled_s: seconds of the timed run that
-went into compiling, 0 where the warm-up met all shapes. peak_gib is that of the process so far: for
-the peak of one case run that case alone.
+null where a case does not fit, and `problem` says why. `gpus` share the model: tokens_per_s is what
+they make together; weights_gib, cache_gib, kv_bytes_per_token and peak_gib are of the fullest one.
+compiled_s: seconds of the timed run that went into compiling, 0 where the warm-up met all shapes.
+peak_gib is that of the process so far: for the peak of one case run that case alone.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ SETTINGS = (
 """Flags that change what is measured, as they were given."""
 KEY = (
     *("bench", "model", "precision", "group_size", "batch", "input", "output", "gpus", "rate"),
-    *("attends", "lm_head_bits", *SETTINGS),
+    *("attends", "lm_head_bits", "xla_flags", *SETTINGS),
 )
 """What tells cases apart."""
 COLUMNS = (
-    *("bench", "model", "precision", "group_size", "batch", "input", "output", "rate"),
+    *("bench", "model", "precision", "group_size", "gpus", "batch", "input", "output", "rate"),
     *("tokens_per_s", "ttft_ms", "tpot_ms", "weights_gib", "cache_gib", "peak_gib"),
 )
 

@@ -14,14 +14,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def agreed(value: int) -> int:
-    """The first process's value, in all of them."""
+    """The least of the processes' values, in all of them."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
 
     halves = np.asarray([value >> 32, value & 0xFFFFFFFF], np.uint32)
-    high, low = multihost_utils.broadcast_one_to_all(halves)
-    return int(high) << 32 | int(low)
+    values = multihost_utils.process_allgather(halves).tolist()
+    return min(high << 32 | low for high, low in values)
 
 
 def to_devices(tree: Any, mesh: Mesh | None) -> Any:

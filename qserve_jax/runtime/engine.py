@@ -22,7 +22,7 @@ import numpy as np
 
 from qserve_jax.models.llama import CausalLM
 from qserve_jax.models.sharding import P, axis_of, cache_spec, shardings
-from qserve_jax.quantization.qtensor import KVCache, nbytes
+from qserve_jax.quantization.qtensor import KVCache
 from qserve_jax.runtime.batch import (
     bucket_features,
     chunk_array,
@@ -35,6 +35,7 @@ from qserve_jax.runtime.batch import (
 )
 from qserve_jax.runtime.compile_time import clock
 from qserve_jax.runtime.decode import DecodeState
+from qserve_jax.runtime.device_memory import held_bytes
 from qserve_jax.runtime.distributed import to_devices
 from qserve_jax.runtime.engine_stats import EngineStats, EngineStatus
 from qserve_jax.runtime.kv_cache import init_cache
@@ -191,8 +192,8 @@ class Engine:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the paged cache."""
-        return nbytes(self._device_arrays()[0])
+        """Bytes of the paged cache; of several devices, on one of them."""
+        return held_bytes(self._device_arrays()[0])
 
     def _accept(self) -> None:
         """Take note of who has come and gone."""

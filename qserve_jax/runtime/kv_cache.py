@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from qserve_jax.models.config import ModelConfig
-from qserve_jax.models.sharding import axis_of, cache_spec
+from qserve_jax.models.sharding import axis_of, cache_spec, rank_config, ranks_of
 from qserve_jax.quantization.packing import code_words
 from qserve_jax.quantization.qtensor import KVCache, kv_bytes_per_token
+from qserve_jax.runtime.device_memory import free_bytes
 
 
 def init_cache(
@@ -56,16 +56,16 @@ def default_num_pages(
     dtype: Any,
     max_model_len: int,
     max_num_seqs: int,
+    mesh: Mesh | None = None,
 ) -> int:
     """Pages for max_num_seqs full sequences, or as many as memory leaves room for.
 
-    On a device that reports its memory: 90 % of what is free after the weights. Elsewhere: 2 GiB.
+    On devices that report their memory: 90 % of what is free after the weights. Elsewhere: 2 GiB.
+    On a mesh each device holds its KV heads of every page, and the fullest one decides.
     """
     wanted = max_num_seqs * -(-max_model_len // page_size)
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        budget = 0.9 * (stats["bytes_limit"] - stats["bytes_in_use"])
-    else:
-        budget = 2 * 2**30
-    affordable = int(budget // (page_size * cache_bytes_per_token(config, kv_bits, dtype)))
+    free = free_bytes(mesh)
+    budget = 2 * 2**30 if free is None else 0.9 * free
+    own = rank_config(config, ranks_of(mesh))
+    affordable = int(budget // (page_size * cache_bytes_per_token(own, kv_bits, dtype)))
     return max(1, min(wanted, affordable))

@@ -14,7 +14,7 @@ import numpy as np
 
 from qserve_jax.checkpoint import LoadedModel, load_model
 from qserve_jax.models.collectives import prepare_model
-from qserve_jax.models.sharding import rank_config, tensor_mesh
+from qserve_jax.models.sharding import ranks_of, tensor_mesh
 from qserve_jax.pallas_kernels.paged_attention import ATTENDS
 from qserve_jax.runtime.batch import MIN_PROMPT_BUCKET
 from qserve_jax.runtime.compile_time import clock
@@ -40,7 +40,8 @@ class LLM:
     precision, group_size: see `load_model`; w4a8kv4 in groups of 128 by default.
     dtype: of activations, embeddings and head.
     max_model_len: longest prompt plus completion; default the model's context.
-    page_size: tokens per cache page. num_pages: of the pool; default from free memory.
+    page_size: tokens per cache page. num_pages: of the pool; default from free memory, of each
+      device that shares the model.
     max_num_seqs: sequences decoded together. seed: of requests without one of their own.
     max_num_batched_tokens: prompt tokens computed per call, padding included; longer prompts are
       computed in chunks, with decode steps between.
@@ -106,7 +107,7 @@ class LLM:
                 progress=progress,
                 mesh=tensor_mesh(tensor_parallel_size or 1),
             )
-        ranks = 1 if model.model.mesh is None else model.model.mesh.size
+        ranks = ranks_of(model.model.mesh)
         if tensor_parallel_size not in (None, ranks):
             raise ValueError(
                 f"tensor_parallel_size={tensor_parallel_size} but the model was loaded onto {ranks}"
@@ -127,12 +128,13 @@ class LLM:
         kv_bits = self.quant_config.kv_bits
         if num_pages is None:
             pages = default_num_pages(
-                rank_config(self.config, ranks),
+                self.config,
                 page_size=page_size,
                 kv_bits=kv_bits,
                 dtype=self.params["embed"]["embedding"].dtype,
                 max_model_len=self.max_model_len,
                 max_num_seqs=max_num_seqs,
+                mesh=self.model.mesh,
             )
             num_pages = agreed(pages)
         if enable_prefix_caching is None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from qserve_jax.quantization.qtensor import W4PerChannel, W4PerGroup, is_quantized, nbytes
+from qserve_jax.models.sharding import rank_config, ranks_of
+from qserve_jax.quantization.qtensor import W4PerChannel, W4PerGroup, is_quantized
 from qserve_jax.runtime.compile_time import compile_time
+from qserve_jax.runtime.device_memory import held_bytes, peak_bytes
 from qserve_jax.runtime.kv_cache import cache_bytes_per_token
 from qserve_jax.runtime.llm import LLM
 
@@ -20,12 +20,15 @@ def run_stats(llm: LLM, load_seconds: float, first_tokens: Sequence[float]) -> d
 
     Compilation is in compile_seconds alone. Decoding makes every token but each sample's first.
     decode_bytes_per_second counts what decoding cannot avoid to read: the weights once a step, and
-    the cached tokens that each sequence attends to.
+    the cached tokens that each sequence attends to. Of devices that share the model, bytes are what
+    one of them holds, has had at most and reads.
 
     first_tokens: seconds to the first token of each sample, compilation apart; we report the mean.
     """
     stats, dtype = llm.stats, llm.params["embed"]["embedding"].dtype
-    kv_bytes = cache_bytes_per_token(llm.config, llm.quant_config.kv_bits, dtype)
+    ranks = ranks_of(llm.model.mesh)
+    own = rank_config(llm.config, ranks)
+    kv_bytes = cache_bytes_per_token(own, llm.quant_config.kv_bits, dtype)
     decoded = stats.generated_tokens - stats.prefilled_sequences
     bytes_read = stats.decode_steps * _weights_read(llm.params) + stats.attended_tokens * kv_bytes
     return {
@@ -38,13 +41,13 @@ def run_stats(llm: LLM, load_seconds: float, first_tokens: Sequence[float]) -> d
         "generated_tokens": stats.generated_tokens,
         "generated_tokens_per_second": _ratio(decoded, stats.decode_seconds),
         "seconds_per_step": _ratio(stats.decode_seconds, stats.decode_steps),
-        "weight_bytes": nbytes(llm.params),
+        "weight_bytes": held_bytes(llm.params),
         "weight_format": weight_format(llm),
         "kv_bits": _real_bits(llm.quant_config.kv_bits, dtype),
         "kv_bytes_per_token": kv_bytes,
         "peak_bytes": peak_bytes(),
         "decode_bytes_per_second": _ratio(bytes_read, stats.decode_seconds),
-        "device": jax.local_devices()[0].device_kind,
+        "device": f"{ranks} x " * (ranks > 1) + jax.local_devices()[0].device_kind,
     }
 
 
@@ -90,18 +93,9 @@ def _real_bits(bits: int, dtype: Any) -> int:
     return 8 * dtype.itemsize if bits == 16 else bits
 
 
-def peak_bytes() -> int:
-    """Most memory in use so far: on the device where it says, else of this process."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"]
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def _weights_read(params: dict[str, Any]) -> int:
     """Bytes a decode step reads. An embedding that is not also the head is read by row only."""
-    return nbytes(params) - (nbytes(params["embed"]) if "lm_head" in params else 0)
+    return held_bytes(params) - (held_bytes(params["embed"]) if "lm_head" in params else 0)
 
 
 def _ratio(amount: float, of: float) -> float | None:

@@ -1,5 +1,6 @@
 """Serving benchmarks on the CPU, with a tiny random model and with the demo."""
 
+import dataclasses
 import json
 
 import jax
@@ -11,6 +12,7 @@ from qserve_jax import LLM, QuantConfig, SamplingParams, bench
 from qserve_jax.benchmarks import model_shapes, plot, serving, serving_command, serving_report
 from qserve_jax.benchmarks.dummy import dummy_model
 from qserve_jax.models import ModelConfig, param_shapes
+from qserve_jax.models.sharding import tensor_mesh
 from qserve_jax.quantization.packing import dequantize_weight
 from qserve_jax.quantization.qtensor import is_quantized, nbytes
 
@@ -95,11 +97,20 @@ def test_throughput_of_two_precisions_and_a_second_run_that_measures_nothing(tmp
     assert rows == report["rows"] and other["num_pages"] == 9
 
 
+def test_rows_of_other_xla_flags_are_other_cases(tmp_path, monkeypatch, capsys):
+    path, told = tmp_path / "r.json", []
+    for flags in ("", "", "--xla_cpu_enable_fast_min_max=false"):
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        assert run("--batch", "1", "--output-len", "1", "--save", str(path), what="decode") == 0
+        told.append([row["xla_flags"] for row in json.loads(path.read_text())["rows"]])
+    assert told == [[None], [None], [None, "--xla_cpu_enable_fast_min_max=false"]]
+
+
 def test_decode_and_its_table(capsys):
     assert run("--batch", "1", "4", what="decode") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("| bench | model | precision |") and len(lines) == 4
-    assert lines[2].startswith("| decode | llama3-8b | w4a8kv4 | 128 | 1 | 24 | 6 | - | ")
+    assert lines[2].startswith("| decode | llama3-8b | w4a8kv4 | 128 | 1 | 1 | 24 | 6 | - | ")
 
 
 def test_decode_steps_start_from_a_full_cache():
@@ -109,6 +120,39 @@ def test_decode_steps_start_from_a_full_cache():
     assert row["tokens_per_s"] == pytest.approx(10 / row["seconds"])
     assert row["cache_gib"] * 2**30 == 2 * 3 * 16 * row["kv_bytes_per_token"]
     assert row["weights_gib"] * 2**30 == pytest.approx(nbytes(loaded.params))
+
+
+def test_bytes_of_shared_models_are_those_of_one_device(monkeypatch, capsys):
+    """It has half of every kernel, of the embedding, the head and each page, and all of the norms
+    and of the channel scales of o and down."""
+    shared = dataclasses.replace(TINY, num_heads=4, num_kv_heads=2)
+    monkeypatch.setitem(model_shapes.MODEL_CONFIGS, "llama3-8b", shared)
+
+    def row(gpus, what):
+        flags = ("--tensor-parallel-size", str(gpus), "--output-len", "2", "--output", "json")
+        assert run(*flags, what=what) == 0
+        (row,) = json.loads(capsys.readouterr().out)["rows"]
+        assert row["gpus"] == gpus and f" 128 | {gpus} | 4 |" in serving_report.markdown([row])
+        return row
+
+    one, whole = row(1, "decode"), (2 * 2 + 1) * 128 * 2 + 2 * 2 * 128 * 4
+    for two in row(2, "decode"), row(2, "throughput"):
+        bytes_of_one, bytes_of_two = (r["weights_gib"] * 2**30 for r in (one, two))
+        assert bytes_of_two == pytest.approx((bytes_of_one - whole) / 2 + whole, abs=0.5)
+        assert two["kv_bytes_per_token"] == one["kv_bytes_per_token"] / 2 == 2 * 72
+        pages = two["cache_gib"] * 2**30 / (16 * 2 * 72)
+        assert pages == {"decode": 8, "throughput": 9}[two["bench"]]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_decoding_is_compiled_once(ranks):
+    config = dataclasses.replace(TINY, num_heads=4, num_kv_heads=2)
+    loaded = dummy_model(config, QuantConfig(), mesh=tensor_mesh(ranks))
+    d = serving.make_decoding(loaded, serving.Workload(2, 4, 3, {"page_size": 16}))
+    cache, state = d.cache, d.state
+    for _ in range(2):
+        cache, state, _ = d.run(d.params, cache, state, d.steps)
+    assert d.run._cache_size() == 1  # pyright: ignore
 
 
 def test_latency(capsys):
@@ -200,6 +244,12 @@ def test_requests_longer_than_the_context(capsys, what):
     assert run("--output-len", "500", what=what) == 1
     message = "--input-len 24 and --output-len 500 are more than the model's context of 512: lower"
     assert message in capsys.readouterr().err
+
+
+def test_latency_is_of_one_process(capsys):
+    flags = ["--coordinator-address", "a:1", "--num-processes", "2", "--process-id", "0"]
+    assert run(*flags, what="latency") == 2
+    assert "(a:1) but bench latency runs in one process" in capsys.readouterr().err
 
 
 def test_the_longest_request_is_that_of_the_flag(capsys):

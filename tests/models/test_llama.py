@@ -1,6 +1,7 @@
 """The decoder against a plain one in float64, and its cached form against both."""
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -415,3 +416,18 @@ def test_wrong_inputs_are_named(changes, message, tiny):
     with pytest.raises(ValueError, match=message) as caught:
         call(CausalLM(config), {}, new_cache(config), **arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("quantized", "rounds"), [(True, 1), (False, 8)])
+def test_rounds_of_the_layer_loop(tiny, random_params, quantized, rounds, monkeypatch):
+    """Eight layers a round where kernels read them in place; float ones are sliced one by one."""
+    config = tiny(num_layers=8)
+    params = random_params(config)
+    if quantized:
+        params = quantize_params(params, QuantConfig.preset("w8a8kv4"))
+    cache = init_cache(config, num_pages=2, page_size=16)
+    monkeypatch.setattr("qserve_jax.models.llama.usable", lambda _: ("mosaic_sm90", "reference"))
+    step = functools.partial(decode_step, CausalLM(config, backend="reference"))
+    i32 = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2,), (2, 1), (2,))]
+    text = str(jax.make_jaxpr(step)(params, cache, *i32))
+    assert re.findall(r"length=8\b[^]]*?unroll=(\d+)", text, re.S) == [str(8 // rounds)]

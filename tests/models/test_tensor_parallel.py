@@ -35,6 +35,7 @@ from qserve_jax.quantization.qtensor import nbytes
 from qserve_jax.runtime import init_cache
 
 G128 = QuantConfig()
+STABLEHLO = ("all_reduce", "all_gather", "all_to_all", "collective_permute")
 COLLECTIVES = ("all-reduce(", "all-gather(", "all-to-all(", "collective-permute(")
 
 
@@ -269,3 +270,26 @@ def test_quantising_sharded_params_moves_no_weight(wide):
     )
     assert all(jax.tree.leaves(same))
     assert nbytes(shapes) > 1e6
+
+
+def test_a_step_of_kernels_lowered_for_gpus(tiny):
+    """A round of eight layers sums twice in each; nothing but the logits is gathered."""
+    config = tiny(num_layers=8, hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=64)
+    config = dataclasses.replace(config, intermediate_size=512)
+    mesh = tensor_mesh(2)
+    assert mesh is not None
+    model = CausalLM(config, backend="mosaic_sm90", mesh=mesh)
+    floats = jax.tree.map(
+        lambda shape: jnp.zeros(shape, jnp.bfloat16),
+        param_shapes(config),
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    params = prepare_model(model, onto(mesh, quantize_params(floats, G128)))
+    cache = init_cache(config, num_pages=4, page_size=64, mesh=mesh)
+    arrays = jnp.zeros(4, int), jnp.arange(4)[:, None], jnp.ones(4, int)
+    step = jax.jit(functools.partial(decode_step, model), donate_argnums=1)
+    text = step.trace(params, cache, *arrays).lower(lowering_platforms=("cuda",)).as_text()
+    collectives = [text.count(f'"stablehlo.{name}"') for name in STABLEHLO]
+    assert collectives == [1 + 2 * 8, 1, 0, 0]
+    moved = [line for line in text.splitlines() if '"stablehlo.all_gather"' in line]
+    assert "tensor<4x32xf32>) -> tensor<4x64xf32>" in moved[0] and "custom_call @mosaic_gpu" in text

@@ -1,5 +1,8 @@
 """Shapes and bytes of the paged cache, how many pages there are, and who has which."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -59,12 +62,16 @@ def test_refusals():
         init_cache(config(), num_pages=1, kv_bits=5)
 
 
-def pages(monkeypatch, stats, max_num_seqs):
-    class Device:
-        def memory_stats(self):
-            return stats
+class Device:
+    def __init__(self, stats):
+        self.memory_stats = lambda: stats
 
-    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+
+def pages(monkeypatch, stats, max_num_seqs, others=()):
+    """On one device, or on a mesh with the others."""
+    devices = [Device(found) for found in (stats, *others)]
+    mesh: Any = SimpleNamespace(size=len(devices), local_devices=devices) if others else None
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
     return default_num_pages(
         LLAMA_3_8B,
         page_size=64,
@@ -72,6 +79,7 @@ def pages(monkeypatch, stats, max_num_seqs):
         dtype=jnp.bfloat16,
         max_model_len=1000,
         max_num_seqs=max_num_seqs,
+        mesh=mesh,
     )
 
 
@@ -83,6 +91,11 @@ def test_default_num_pages(monkeypatch):
     full = {"bytes_limit": 1000 * page, "bytes_in_use": 1000 * page}
     assert pages(monkeypatch, full, 3) == 1
     assert pages(monkeypatch, None, 10**4) == 2 * 2**30 // page
+    # Two devices hold half of each page, and the one with less room decides.
+    assert pages(monkeypatch, roomy, 10**4, [roomy]) == 1800
+    fuller = roomy | {"bytes_in_use": 1500 * page}
+    assert pages(monkeypatch, roomy, 10**4, [fuller]) == 900
+    assert pages(monkeypatch, None, 10**4, [None]) == 2 * 2**30 // (page // 2)
 
 
 def test_page_pool():

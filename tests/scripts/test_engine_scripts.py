@@ -132,3 +132,39 @@ def test_load_time(script):
     load_time = script("load_time")
     found = load_time.load(str(SCRIPTS.parent / "qserve_jax" / "assets" / "demo"))
     assert found["load_seconds"] > 0 and found["bytes"] > 1e6
+
+
+def test_tensor_parallel_cases_and_table(script, monkeypatch, tmp_path):
+    """A case is a process of `bench decode` with its XLA flags; its ratio is to one GPU's row."""
+    module = script("tensor_parallel")
+    ran = []
+
+    def run(command, env, timeout, stdout):
+        ran.append((command, env["XLA_FLAGS"]))
+        if len(ran) == 2:
+            raise module.subprocess.TimeoutExpired(command, timeout)
+        return argparse.Namespace(returncode=0)
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a")
+    args = argparse.Namespace(batch=64, output=tmp_path / "f", input_len=9, output_len=2)
+    assert module.measure(module.CASES[2], args, 5.0) is None
+    assert module.measure(module.CASES[0], args, 5.0) == "not done after 5 s"
+    assert ran[0][1] == f"--xla_a {module.TRITON}" and ran[1][1] == "--xla_a"
+    bench = serving_command_parser().parse_args(ran[0][0][3:])
+    assert (bench.model_shape, bench.tensor_parallel_size, bench.batch) == ("llama3-70b", 2, [64])
+    row = {"model": "m", "precision": "p", "gpus": 1, "xla_flags": None, "batch": 64, "input": 9}
+    row |= {"output": 2, "tokens_per_s": 100.0, "tpot_ms": 1.0, "weights_gib": 2.0}
+    rows = [row, row | {"gpus": 2, "tokens_per_s": 170.0, "xla_flags": "--xla_gpu_x"}]
+    rows.append(row | {"precision": "q", "gpus": 2, "tokens_per_s": None, "problem": "too big"})
+    lines = module.table(rows).splitlines()
+    assert lines[2].split(" | ")[8:10] == ["100", "1.00"]
+    assert lines[3].split(" | ")[3:4] == ["x"] and lines[3].split(" | ")[8:10] == ["85", "1.70"]
+    assert lines[4] == "m q on 2: too big"
+
+
+def serving_command_parser():
+    """Of `bench`, without its `python -m`."""
+    from qserve_jax import bench
+
+    return bench.build_parser()

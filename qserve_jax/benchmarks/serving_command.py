@@ -96,8 +96,9 @@ def run(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise UsageError(f"--save {error}") from None
     _cli.enable_compilation_cache()
-    for row in measure(args, report["rows"]):
-        report["rows"].append(row)
+    known = [row for row in report["rows"] if row["commit"] == report["commit"]]
+    for row in measure(args, known):
+        serving_report.put_row(report["rows"], row | {"commit": report["commit"]})
         if args.save:
             write_report(args.save, report)
         if not args.quiet:

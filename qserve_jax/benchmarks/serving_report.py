@@ -6,6 +6,9 @@ null where a case does not fit, and `problem` says why. `gpus` share the model: 
 they make together; weights_gib, cache_gib, kv_bytes_per_token and peak_gib are of the fullest one.
 compiled_s: seconds of the timed run that went into compiling, 0 where the warm-up met all shapes.
 peak_gib is that of the process so far: for the peak of one case run that case alone.
+
+A file may be continued at later commits: each row has the "commit" that measured it, and a case of
+another commit is measured again when its turn comes.
 """
 
 from __future__ import annotations
@@ -44,9 +47,9 @@ def empty_report() -> dict[str, Any]:
 
 
 def read_report(path: Path | None) -> dict[str, Any]:
-    """A saved report, or an empty one where there is none.
+    """A saved report as one of this commit too, or an empty one where there is none.
 
-    Raises ValueError on a file of another kind or origin.
+    Raises ValueError on a file of another kind, device or version of JAX.
     """
     here = empty_report()
     if path is None or not path.exists():
@@ -58,17 +61,24 @@ def read_report(path: Path | None) -> dict[str, Any]:
         rows_fit, report = False, {}
     if not rows_fit:
         raise ValueError(f"{path} holds no results of this command: name another file")
-    for name in ("device", "jax", "commit"):
+    for name in ("device", "jax"):
         if report.get(name) != here[name]:
             raise ValueError(
                 f"{path} is of {name} {report.get(name)!r}, this is {here[name]!r}: "
                 "name another file"
             )
-    return report
+    for row in report["rows"]:
+        row.setdefault("commit", report["commit"])
+    return report | {name: here[name] for name in ("commit", "versions")}
 
 
 def same_case(a: Row, b: Row) -> bool:
     return all(a.get(name) == b.get(name) for name in KEY)
+
+
+def put_row(rows: list[Row], row: Row) -> None:
+    """In the place of what another commit measured of the case."""
+    rows[:] = [*(other for other in rows if not same_case(row, other)), row]
 
 
 def markdown(rows: list[Row]) -> str:

@@ -257,6 +257,23 @@ def test_the_longest_request_is_that_of_the_flag(capsys):
     assert "prompt has 24 tokens but the context holds 20" in capsys.readouterr().err
 
 
+def test_rows_of_another_commit_are_measured_again(tmp_path, capsys):
+    path = tmp_path / "r.json"
+    assert run("--batch", "1", "2", "--save", str(path), what="decode") == 0
+    first = json.loads(path.read_text())
+    here = first["commit"]
+    assert [(row["batch"], row["commit"]) for row in first["rows"]] == [(1, here), (2, here)]
+    for row in first["rows"]:
+        row |= {"commit": "old", "tokens_per_s": -1.0}
+    path.write_text(json.dumps(first))
+    assert run("--batch", "2", "--save", str(path), what="decode") == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["batch"], row["commit"]) for row in rows] == [(1, "old"), (2, here)]
+    assert [row["tokens_per_s"] > 0 for row in rows] == [False, True]
+    assert run("--batch", "2", "--save", str(path), what="decode") == 0
+    assert json.loads(path.read_text())["rows"] == rows
+
+
 def test_results_of_another_machine_do_not_mix(tmp_path, capsys):
     path = tmp_path / "r.json"
     path.write_text(json.dumps(serving_report.empty_report() | {"device": "another"}))

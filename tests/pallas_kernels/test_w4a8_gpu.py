@@ -59,7 +59,8 @@ def test_the_demo_model_with_kernels_is_the_demo_model(can_run, monkeypatch):
     """Prefill and decode in float32: the reference's logits and tokens.
 
     Sums of squares in another order may turn a code, and so logits differ a little: by less than a
-    fifth of what quantising the model changes, and tokens only where two logits are as close.
+    fifth of what quantising the model changes, and tokens only where two of the engine's logits,
+    which read the 4-bit cache, are as close.
     """
     monkeypatch.delenv(backend.ENVIRONMENT_VARIABLE, raising=False)
     can_run("mosaic_mma")
@@ -71,7 +72,8 @@ def test_the_demo_model_with_kernels_is_the_demo_model(can_run, monkeypatch):
         for name in (None, "reference")
     }
     outputs = {
-        name: llm.generate(prompts, SamplingParams(max_tokens=24)) for name, llm in llms.items()
+        name: llm.generate(prompts, SamplingParams(max_tokens=24, logprobs=5))
+        for name, llm in llms.items()
     }
     packed = prepare_for_backend(loaded.params)
     reference_model = loaded.model.clone(backend="reference")
@@ -88,8 +90,8 @@ def test_the_demo_model_with_kernels_is_the_demo_model(can_run, monkeypatch):
         pairs = zip(found.token_ids, expected.token_ids, strict=True)
         differs = [i for i, (a, b) in enumerate(pairs) if a != b][:1]
         for i in differs:
-            at = expected_logits[len(expected.prompt_token_ids) + i - 1]
-            assert abs(at[found.token_ids[i]] - at[expected.token_ids[i]]) < yardstick / 5
+            near = dict((expected.logprobs or [])[i].top)
+            assert near[expected.token_ids[i]] - near[found.token_ids[i]] < yardstick / 5
 
 
 # Sums

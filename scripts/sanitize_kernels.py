@@ -208,7 +208,7 @@ def launch_all(part: str) -> int:
     cases = {name: case for name, case in cases.items() if part in name}
     arguments = {name: jax.device_put(args, gpu) for name, (_, args, _) in cases.items()}
     jobs = {name: (run, arguments[name]) for name, (run, _, _) in cases.items()}
-    programs = compile_all(jobs, at_once=1)  # many threads made the sanitizer crash
+    programs = compile_all(jobs, at_once=1)  # beside each other they crashed under it, once
     failed = 0
     for name, (_, _, expected) in cases.items():
         print(f"{name}:", end=" ", flush=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,8 @@ EVERYWHERE = (
     "tests/runtime/test_engine.py",
 )
 """What holds on every device, and so must hold on this one."""
+NO_SEARCH = "--xla_gpu_enable_triton_gemm=false"
+"""For those: XLA's search for its own fastest matmuls would take most of the time."""
 OUTCOMES = ("failure", "error", "skipped")
 
 
@@ -33,11 +36,12 @@ def run_tests(folder: Path, processes: int) -> int:
 
     An expression with `gpu` in it keeps JAX on the GPU (tests/conftest.py).
     """
-    codes = []
-    for name, tests in (("gpu", ["tests"]), ("gpu or not slow", EVERYWHERE)):
+    codes, given = [], os.environ.get("XLA_FLAGS", "")
+    for name, tests, flags in (("gpu", ["tests"], ""), ("gpu or not slow", EVERYWHERE, NO_SEARCH)):
         command = [sys.executable, "-m", "pytest", "-q", "-m", name, *tests, "-n", str(processes)]
-        report = folder / f"{len(codes)}.xml"
-        codes.append(subprocess.call([*command, f"--junitxml={report}"], cwd=ROOT))
+        command += ["--durations=12", f"--junitxml={folder / f'{len(codes)}.xml'}"]
+        environment = os.environ | {"XLA_FLAGS": f"{given} {flags}"}
+        codes.append(subprocess.call(command, cwd=ROOT, env=environment))
     return max(codes)
 
 

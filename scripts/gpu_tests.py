@@ -1,7 +1,8 @@
 """Run the tests of kernels, arithmetic, models and the engine on a GPU, and keep what they say.
 
 `make test` runs them on a CPU; what must hold on every device is shown on a GPU by the same tests.
-Writes docs/results/gpu_tests_<device>.json: where it ran, and each test file's counts.
+Writes docs/results/gpu_tests_<device>.json after each of the two sets: where it ran, and each test
+file's counts.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -28,21 +30,17 @@ EVERYWHERE = (
 """What holds on every device, and so must hold on this one."""
 NO_SEARCH = "--xla_gpu_enable_triton_gemm=false"
 """For those: XLA's search for its own fastest matmuls would take most of the time."""
+SETS = (("gpu", ("tests",), ""), ("gpu or not slow", EVERYWHERE, NO_SEARCH))
+"""(marker expression, tests, flags of XLA). One with `gpu` in it keeps JAX on the GPU."""
 OUTCOMES = ("failure", "error", "skipped")
 
 
-def run_tests(folder: Path, processes: int) -> int:
-    """The worse of pytest's exit codes: of the tests for a GPU, and of those for every device.
-
-    An expression with `gpu` in it keeps JAX on the GPU (tests/conftest.py).
-    """
-    codes, given = [], os.environ.get("XLA_FLAGS", "")
-    for name, tests, flags in (("gpu", ["tests"], ""), ("gpu or not slow", EVERYWHERE, NO_SEARCH)):
-        command = [sys.executable, "-m", "pytest", "-q", "-m", name, *tests, "-n", str(processes)]
-        command += ["--durations=12", f"--junitxml={folder / f'{len(codes)}.xml'}"]
-        environment = os.environ | {"XLA_FLAGS": f"{given} {flags}"}
-        codes.append(subprocess.call(command, cwd=ROOT, env=environment))
-    return max(codes)
+def run_tests(expression: str, tests: Sequence[str], flags: str, processes: int, xml: Path) -> int:
+    """pytest's exit code; what it says of each test goes to xml."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", expression, *tests, "-n", str(processes)]
+    command += ["--durations=12", f"--junitxml={xml}"]
+    given = os.environ.get("XLA_FLAGS", "")
+    return subprocess.call(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": f"{given} {flags}"})
 
 
 def counts(folder: Path) -> dict[str, dict[str, int]]:
@@ -67,13 +65,17 @@ def main() -> int:
     found = provenance()
     name = found["device"].lower().replace(" ", "_")
     output = args.output or ROOT / "docs" / "results" / f"gpu_tests_{name}.json"
+    content = {**found, "exit_codes": {}, "files": {}}
     with tempfile.TemporaryDirectory() as folder:
-        code = run_tests(Path(folder), args.processes)
-        content = {**found, "exit_code": code, "files": counts(Path(folder))}
-    output.write_text(json.dumps(content, indent=2) + "\n")
+        for number, (expression, tests, flags) in enumerate(SETS):
+            xml = Path(folder) / f"{number}.xml"
+            code = run_tests(expression, tests, flags, args.processes, xml)
+            content["exit_codes"][expression] = code  # after each: the next may be interrupted
+            content["files"] = counts(Path(folder))
+            output.write_text(json.dumps(content, indent=2) + "\n")
     for file, outcome in content["files"].items():
         print(f"{file}: {outcome}")
-    return code
+    return max(content["exit_codes"].values())
 
 
 if __name__ == "__main__":

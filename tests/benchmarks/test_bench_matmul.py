@@ -262,7 +262,8 @@ def test_files(tmp_path):
     read = report.read_report(path)
     assert read and read["rows"] == [old | HERE | {"kernels": None}]
     assert read["baselines"] == [BASELINE | {"commit": "c" * 40}]
-    for text in ("{", "[]", "{}", "3"):
+    names = json.dumps(list(found))
+    for text in ("{", "[]", "{}", "3", names, json.dumps(names), "[" * 100_000):
         path.write_text(text)
         with pytest.raises(ValueError, match="r.json holds no results of this command: name ano"):
             report.read_report(path)

@@ -72,7 +72,7 @@ def read_report(path: Path) -> Report | None:
         report = json.loads(path.read_text())
     except (ValueError, RecursionError):
         report = None
-    if not _is_report(report):
+    if report is None or not _is_report(report):
         raise ValueError(f"{path} holds no results of this command: name another file")
     _say_origins(report)
     return report

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qserve_jax.pallas_kernels import quantized_matmul, w4a8_matmul
-from qserve_jax.pallas_kernels.w4a8_matmul import reference
+from qserve_jax.pallas_kernels.w4a8_matmul import reference, to_kernel_layout
 from qserve_jax.quantization import QuantConfig, quantize_kernel
 from qserve_jax.quantization.packing import dequantize_weight
 from qserve_jax.quantization.qtensor import (
@@ -245,6 +245,18 @@ def test_errors(rng):
         quantized_matmul(x, stacked, layer=0, residual=jnp.ones(8))
     with pytest.raises(ValueError, match="backend='cuda' is unknown"):
         quantized_matmul(x, stacked, layer=0, backend="cuda")
+
+
+@pytest.mark.parametrize("found", [jnp.float32(1.5), jnp.ones(1, jnp.int32), jnp.bool_(True)])
+@pytest.mark.parametrize("name", ["reference", "mosaic_sm90", "mosaic_mma"])
+def test_a_traced_layer_is_an_integer(found, name, rng):
+    """Or else a kernel would take layer 1 for 1.5."""
+    x, _ = make_activation(rng, (2, 128))
+    w, _ = make_weight("per-group", rng, (3, 64, 128))
+    w = w if name == "reference" else to_kernel_layout(w)
+    message = rf"a traced layer is {found.dtype}\[.*\], which is no integer: use an int32\[\]"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda layer: w4a8_matmul(x, w, layer=layer, backend=name), found)
 
 
 def test_reference_refuses_another_layout(rng):

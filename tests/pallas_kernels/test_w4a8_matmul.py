@@ -205,6 +205,18 @@ def test_layers_in_a_scan_are_not_copied(rng):
     np.testing.assert_allclose(compiled(x, stacked), expected, rtol=0, atol=1e-6 * largest)
 
 
+@every_kind
+def test_int32_is_the_sums_as_in_the_kernels(kind, rng):
+    w, weights = make_weight(kind, rng, (8, 256))
+    x, codes = make_activation(rng, (2, 256))
+    found = quantized_matmul(x, w, out_dtype=jnp.int32)
+    np.testing.assert_array_equal(found, codes @ weights.T)
+    added: tuple[dict[str, Any], ...] = ({"bias": jnp.ones(8)}, {"residual": jnp.ones((2, 8))})
+    for more in added:
+        with pytest.raises(ValueError, match="out_dtype=int32 is for the sums alone: leave bias"):
+            quantized_matmul(x, w, out_dtype=jnp.int32, **more)
+
+
 def test_default_output_is_bfloat16(rng):
     w, _ = make_weight("per-group", rng, (8, 128))
     x, _ = make_activation(rng, (2, 128))
@@ -243,6 +255,12 @@ def test_errors(rng):
         quantized_matmul(x, stacked, layer=0, bias=jnp.ones(1))
     with pytest.raises(ValueError, match=r"residual has shape \(8,\) .* needs \(2, 8\)"):
         quantized_matmul(x, stacked, layer=0, residual=jnp.ones(8))
+    with pytest.raises(ValueError, match=r"x codes have shape \(\): need \[\.\.\., K\]"):
+        quantized_matmul(jax.tree.map(lambda a: a.reshape(-1)[0], x), stacked, layer=0)
+    flat: Any = jnp.zeros((8, 64), jnp.int32)
+    lies = W4PerGroup(flat, flat, flat, flat, G, SOURCE, "mma_w4")
+    with pytest.raises(ValueError, match=r"have shape \(8, 64\): need \[N, K\] or \[L, N, K\]"):
+        quantized_matmul(x, lies)
     with pytest.raises(ValueError, match="backend='cuda' is unknown"):
         quantized_matmul(x, stacked, layer=0, backend="cuda")
 

@@ -13,9 +13,9 @@ rows        {"backend", "group_size", "m", "n", "k", "us", "bf16_us", "int8_us",
 
 A report may be continued by later commits: ceilings, baselines and rows each have the "commit" that
 measured them, and rows the "kernels" (`provenance.kernels`) too. Baselines need none of ours, and
-stay, but are measured again where a null is of a column that can be measured here; a row of other kernels or another config than this checkout's is not present: when its turn
-comes, it is dropped and measured again. Files from before that had one commit for all, which their
-parts get when read.
+stay, but are measured again where a null is of a column that can be measured here; a row of other
+kernels or another config than this checkout's is not present: when its turn comes, it is dropped
+and measured again. Files from before that had one commit for all, which their parts get when read.
 """
 
 from __future__ import annotations

@@ -140,12 +140,17 @@ def check_layer(layer: Any, name: str, shape: tuple[int, ...], stacked: bool) ->
     """ValueError unless `layer` is one of the layers of an array of `shape` that is called `name`.
 
     stacked: whether the array has a leading axis of layers; without one, layer must be None. A
-    traced layer is trusted to lie within: XLA clamps it on a read and drops a write.
+    traced integer is trusted to lie within: XLA clamps it on a read and drops a write.
     """
     if stacked != (layer is not None):
         cure = "name one layer" if stacked else "leave layer out"
         raise ValueError(f"{name} of shape {shape} do not go with {layer=}: {cure}")
-    if layer is None or isinstance(layer, Tracer):
+    if layer is None:
+        return
+    if isinstance(layer, Tracer):
+        if layer.shape or not jnp.issubdtype(layer.dtype, jnp.integer):
+            found = f"{layer.dtype}{list(layer.shape)}"
+            raise ValueError(f"a traced layer is {found}, which is no integer: use an int32[]")
         return
     try:
         index = operator.index(layer)

@@ -53,6 +53,8 @@ def bench_kernels(args: argparse.Namespace) -> None:
 
     shapes = checked_shapes(args)
     saved = checked_save(args)
+    if saved is not None and not report.is_matmul(saved):
+        raise UsageError(f"--save {args.save} holds no results of --op matmul: name another file")
     if args.plot and not plot.can_plot():
         raise UsageError("--plot needs matplotlib: pip install 'qserve_jax[plot]'")
     found, problems = (saved, []) if args.no_run else measure(args, shapes, saved)
@@ -216,7 +218,8 @@ def measure(
     from qserve_jax.benchmarks.matmul import Sweep, run_sweep
 
     def run(bench: Any, backends: tuple[str, ...]) -> None:
-        tokens, sizes = tuple(dict.fromkeys(args.tokens)), tuple(args.group_size)
+        tokens = tuple(dict.fromkeys(args.tokens))
+        sizes = tuple(dict.fromkeys(args.group_size))
         run_sweep(Sweep(shapes, tokens, sizes, backends), bench)
 
     return _measured(args, saved, run)
@@ -233,7 +236,7 @@ def _measured(
     from qserve_jax.benchmarks.report import continued, empty_report, write_report
 
     _cli.enable_compilation_cache()
-    backends = tuple(args.backend) or runnable_backends()
+    backends = tuple(dict.fromkeys(args.backend)) or runnable_backends()
     clock.check_available()
     here = empty_report()
     start = here if saved is None else continued(saved, here)

@@ -26,11 +26,17 @@ from qserve_jax.benchmarks.compile import call, compile_all
 from qserve_jax.benchmarks.matmul import weight_bytes
 from qserve_jax.benchmarks.operands import copies_of, make_activation, make_weight
 from qserve_jax.benchmarks.provenance import provenance
+from qserve_jax.benchmarks.report import write_report
 from qserve_jax.benchmarks.shapes import MODEL_SHAPES, TOKENS, Shape, parse_shape
 from qserve_jax.benchmarks.tune import ENOUGH, Measure, climb
 from qserve_jax.pallas_kernels.backend import default_device
 from qserve_jax.pallas_kernels.w4a8_matmul.api import W4A8_BACKENDS
-from qserve_jax.pallas_kernels.w4a8_matmul.tuning import DESIGNS, Design, bucket, tuned_path
+from qserve_jax.pallas_kernels.w4a8_matmul.tuning import (
+    DESIGNS,
+    Design,
+    bucket,
+    tuned_path,
+)
 
 
 def make_measure(design: Design, x: Any, w: Any) -> Measure:
@@ -51,7 +57,8 @@ def make_measure(design: Design, x: Any, w: Any) -> Measure:
         print(f"  {config}", end=" ", flush=True)
         try:
             y = np.asarray(call(run, x, w, layers[1]))
-            expected.append(y)
+            if not expected:
+                expected.append(y)
             same = np.array_equal(y, expected[0])
             times = call_times(lambda i: run(x, w, layers[i % len(layers)]))
         except Exception as error:  # one config that fails must not lose the others
@@ -84,7 +91,11 @@ def tune(name: str, m: int, n: int, k: int, group_size: int, rounds: int) -> dic
     def check(config: Any) -> None:
         design.check(config, m, n, k, per_group)
 
-    best, us, first = climb(start, check, measure, rounds)
+    try:
+        best, us, first = climb(start, check, measure, rounds)
+    except RuntimeError as error:  # one case that fails must not lose the others
+        print(f"{name} {m=} {n=} {k=} {per_group=}: {error}", flush=True)
+        return None
     print(f"{name} {m=} {n=} {k=} {per_group=}: {first:.2f} -> {us:.2f} us, {best}", flush=True)
     if us > ENOUGH * first:
         return None
@@ -92,18 +103,40 @@ def tune(name: str, m: int, n: int, k: int, group_size: int, rounds: int) -> dic
     return sizes | {"config": dataclasses.asdict(best), "us": us, "heuristic_us": first}
 
 
+ORIGIN = ("jax", "commit")
+
+
 def merge(path: Path, entry: dict[str, Any]) -> None:
-    """Write the entry into the file, in the place of one for the same sizes."""
-    old = json.loads(path.read_text())["entries"] if path.exists() else []
-
-    def key(e: dict[str, Any]) -> tuple:
-        return tuple(e[name] for name in ("design", "per_group", "n", "k", "m"))
-
-    entries = sorted([e for e in old if key(e) != key(entry)] + [entry], key=key)
-    found = provenance()
-    origin = {"device": found["device"], "jax": jax.__version__, "commit": found["commit"]}
+    """Write the entry into the file, in the place of one for the same sizes. Whole or not at all;
+    entries of an earlier run keep the jax and the commit that measured them."""
+    here = provenance() | {"jax": jax.__version__}
+    origin = {name: here[name] for name in ("device", *ORIGIN)}
+    content = read_tuned(path, here["device"]) or {**origin, "entries": []}
+    of_then = {name: content[name] for name in ORIGIN if content[name] != origin[name]}
+    old = [of_then | e for e in content["entries"] if key(e) != key(entry)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(origin | {"entries": entries}, indent=1) + "\n")
+    write_report(path, origin | {"entries": sorted([*old, entry], key=key)})
+
+
+def key(entry: dict[str, Any]) -> tuple:
+    """What an entry is for."""
+    return tuple(entry[name] for name in ("design", "per_group", "n", "k", "m"))
+
+
+def read_tuned(path: Path, device: str) -> dict[str, Any] | None:
+    """What the file has, None where there is none. Raises ValueError on one that this run must not
+    write into: broken, or of another device."""
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        found, _ = content["device"], [content[name] for name in ORIGIN]
+        sorted(map(key, content["entries"]))  # configs of old may be unusable: they are replaced
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is broken, {error!r}: mend it or name another --output") from None
+    if found != device:
+        raise ValueError(f"{path} is of {found}, this is {device}: name another --output")
+    return content
 
 
 def parse_args() -> argparse.Namespace:
@@ -127,6 +160,7 @@ def main() -> None:
     args = parse_args()
     check_available()
     output = args.output or tuned_path(default_device().device_kind)
+    read_tuned(output, default_device().device_kind)  # before hours of measuring
     for case in all_cases(args):
         if entry := tune(*case):
             merge(output, entry)

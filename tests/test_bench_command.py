@@ -68,6 +68,29 @@ def test_wrong_flags(capsys, flags, line):
     assert err.startswith("qserve_jax.bench: error: ") and line in err
 
 
+BROKEN_ROWS = (ROW | {"us": 0.0}, ROW | {"us": "1"}, ROW | {"n": None}, {**ROW, "bf16_us": "-"})
+BROKEN = [
+    *({name: value} for name in ("rows", "baselines") for value in (None, {}, [1])),
+    *({"ceilings": value} for value in (None, [1], {"hbm_copy_gbps": 1.0})),
+    *({"rows": [row]} for row in BROKEN_ROWS),
+    *({"commit": 3}, {"jax": None}, {"rows": [ROW | {"commit": None}]}),
+    *({"baselines": [{"m": 1}]}, {"op": "attention"}),
+]
+
+
+@pytest.mark.parametrize("change", BROKEN, ids=str)
+def test_a_broken_report_and_one_of_attention_are_refused(capsys, tmp_path, change):
+    """Before anything is measured, so that no row is mixed into another's file."""
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(FULL | change))
+    for flags in ([], ["--no-run"]):
+        assert bench.main(["kernels", *flags, "--save", str(path)]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1
+        assert f"--save {path} holds no results of " in err and "name another file" in err
+    assert json.loads(path.read_text()) == FULL | change
+
+
 def test_plot_without_matplotlib(capsys, monkeypatch, saved):
     monkeypatch.setattr(plot, "can_plot", lambda: False)
     assert bench.main(["kernels", "--no-run", "--save", saved, "--plot", "p.png"]) == 2

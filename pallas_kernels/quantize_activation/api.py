@@ -18,6 +18,9 @@ REFERENCE = {
 
 def _run(op: str, backend: str | None, *args: Any, **kwargs: Any) -> Int8Activation:
     """The first backend that can. One kernel serves both Mosaic backends, from sm_80 on."""
+    x = args[0]
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: x has shape {x.shape}, but a token needs at least one feature")
 
     def kernel(*args: Any, **kwargs: Any) -> Int8Activation:
         from qserve_jax.pallas_kernels.quantize_activation import mosaic
@@ -35,8 +38,9 @@ def quantize_activation(x: Array, *, backend: str | None = None) -> Int8Activati
     Every backend gives the same bits, those of `quantization.numerics.quantize_activation`. A token
     with a NaN has the scale NaN.
 
-    Raises NotImplementedError from an explicit Mosaic backend where K is no multiple of 128 or x is
-    none of bf16, f16 and f32; by default such x go to the reference.
+    Raises ValueError where x has no features; NotImplementedError from an explicit Mosaic backend
+    where K is no multiple of 128 or x is none of bf16, f16 and f32; by default such x go to the
+    reference.
     """
     return _run("quantize_activation", backend, x)
 
@@ -55,8 +59,8 @@ def rms_norm_quantize(
     rounded to x's dtype before the codes are taken. Backends add the squares in different orders,
     so that a normalised value may be rounded the other way.
 
-    Raises ValueError on a scale that does not fit x or a layer that it does not have;
-    NotImplementedError as `quantize_activation`.
+    Raises ValueError on a scale that does not fit x or a layer that it does not have, and otherwise
+    as `quantize_activation`.
     """
     if scale.shape[-1:] != x.shape[-1:] or scale.ndim not in (1, 2):
         k = x.shape[-1]
@@ -71,9 +75,9 @@ def silu_mul_quantize(gate_up: Array, *, backend: str | None = None) -> Int8Acti
     gate lies before up, as the fused projection gives them. The kernel rounds the product to
     gate_up's dtype once, where XLA rounds between operations as it likes.
 
-    Raises ValueError where the last axis is odd; NotImplementedError as `quantize_activation`, for
-    F instead of K.
+    Raises ValueError where the last axis is odd, and otherwise as `quantize_activation`, for F
+    instead of K.
     """
-    if gate_up.shape[-1] % 2:
+    if gate_up.ndim and gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up has shape {gate_up.shape}: its last axis must be gate and up")
     return _run("silu_mul_quantize", backend, gate_up)

@@ -75,6 +75,7 @@ def _check(
     bias: Array | None,
     residual: Array | None,
     layer: Array | int | None,
+    out_dtype: jax.typing.DTypeLike,
 ) -> None:
     eight_bits = isinstance(w, W8PerChannel)
     packed = not eight_bits and w.layout == LAYOUT
@@ -86,13 +87,17 @@ def _check(
         if codes.dtype != dtype:
             needs = jnp.dtype(dtype).name
             raise ValueError(f"{name} codes are {codes.dtype} but must be {needs}: quantise first")
+    rank = w.codes.ndim - 2 * packed  # [.., N, K/2] or [.., N/64, K/128, 4, words]
+    if rank not in (2, 3):
+        raise ValueError(f"weight codes have shape {w.codes.shape}: need [N, K] or [L, N, K]")
+    if x.codes.ndim == 0:
+        raise ValueError("x codes have shape (): need [..., K]")
     k = x.codes.shape[-1]
     n, k_weight = weight_shape(w)
     if k != k_weight:
         raise ValueError(f"x has {k=} but weight has K={k_weight}")
-    rank = w.codes.ndim - 2 * packed  # [.., N, K/2] or [.., N/64, K/128, 4, words]
-    if rank not in (2, 3):
-        raise ValueError(f"weight codes have shape {w.codes.shape}: need [N, K] or [L, N, K]")
+    if jnp.dtype(out_dtype) == jnp.int32 and (bias is not None or residual is not None):
+        raise ValueError("out_dtype=int32 is for the sums alone: leave bias and residual out")
     words = CODE_WORDS + (SCALE_WORDS if isinstance(w, W4PerGroup) else 0)
     if packed and w.codes.shape[-2:] != (BLOCKS, words):
         shape = w.codes.shape
@@ -125,13 +130,14 @@ def quantized_matmul(
 
     bias [N] and residual [..., N] are added in float32 before the one rounding to out_dtype.
     layer: w is stacked [L, ...]; use this layer of it, read in place.
+    out_dtype: a float, or int32 for the sums before any scale (per channel those of the codes).
     backend: see `pallas_kernels.backend.resolve`.
 
     Raises ValueError on shapes and dtypes that do not fit and on a layer that w does not have,
     NotImplementedError from an explicit backend that cannot do this case. The int32 sums are exact
     in every backend for K <= 65 536.
     """
-    _check(x, w, bias, residual, layer)
+    _check(x, w, bias, residual, layer, out_dtype)
     backends = W8A8_BACKENDS if isinstance(w, W8PerChannel) else W4A8_BACKENDS
     backends = {name: backends[name] for name in usable(backend) if name in backends}
     return dispatch(

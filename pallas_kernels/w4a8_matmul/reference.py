@@ -61,7 +61,10 @@ def matmul(
     """See `api.w4a8_matmul`; takes 8-bit weights too."""
     if layer is not None:
         w = jax.tree.map(lambda leaf: leaf[layer], w)
-    y = epilogue(int8_dot(x.codes, int8_weights(w)), x, w)
+    sums = int8_dot(x.codes, int8_weights(w))
+    if jnp.dtype(out_dtype) == jnp.int32:
+        return sums
+    y = epilogue(sums, x, w)
     if bias is not None:
         y += bias.astype(jnp.float32)
     if residual is not None:

@@ -68,6 +68,8 @@ def _broken_rule(config: Sm90Config, m: int, n: int, per_group: bool) -> str | N
     *sizes, lead = dataclasses.astuple(config)
     if min(sizes) < 1 or lead < 0:
         return "all fields but lead must be at least 1"
+    if config.cluster > 2:
+        return "cluster must be 1 or 2: larger ones do not fill the GPU"
     memory = shared_memory(config, m, n, per_group)
     # Mosaic rounds both up to 1024.
     used = _round_up(memory.size + 1024, 1024) + _round_up(8 * memory.barriers, 1024)
@@ -79,7 +81,6 @@ def _broken_rule(config: Sm90Config, m: int, n: int, per_group: bool) -> str | N
         (config.warpgroups <= 6, "row_warpgroups * k_warpgroups must be at most 6"),
         (part % 8 == 0, "tokens must be a multiple of 8 k_warpgroups"),
         (config.tokens % (8 * config.cluster) == 0, "tokens must be a multiple of 8 cluster"),
-        (config.cluster <= 2, "cluster must be 1 or 2: larger ones do not fill the GPU"),
         (config.k_warpgroups in (1, 2, 4), "k_warpgroups must be 1, 2 or 4, which divide 4"),
         (config.stages >= 2, "stages must be at least 2"),
         (config.last <= QUARTERS, "last must be 1, 2, 3 or 4 quarters"),

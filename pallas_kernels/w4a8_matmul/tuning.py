@@ -4,6 +4,8 @@
    "entries": [{"design": "mma", "m": 16, "n": 4096, "k": 4096, "per_group": true,
                 "config": {...}, "us": 5.1, "heuristic_us": 5.6}, ...]}
 
+jax and commit are of the last run; entries of others have their own.
+
 An entry is taken for a product of exactly these n, k and per_group and of m/2 < M <= m tokens, m
 being a power of two, where M takes as many of the config's tiles as m: others fill other rounds.
 For everything else the design's own heuristic chooses.
@@ -99,14 +101,14 @@ def load_tuned(device_kind: str) -> dict[Key, Any]:
         entries = list(json.loads(path.read_text())["entries"])
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         _refuse(path, f"{type(error).__name__}: {error}")
         return {}
     configs = {}
     for number, entry in enumerate(entries):
         try:
             key, config = entry_of(entry)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, ArithmeticError) as error:
             _refuse(path, f"entry {number}, {type(error).__name__}: {error}")
         else:
             configs[key] = config
@@ -114,7 +116,8 @@ def load_tuned(device_kind: str) -> dict[Key, Any]:
 
 
 def entry_of(entry: Any) -> tuple[Key, Any]:
-    """The key and the config of an entry. Raises ValueError, TypeError or KeyError on a bad one."""
+    """The key and the config of an entry. Raises ValueError, TypeError, KeyError or ArithmeticError
+    (where a rule divides by a field) on a bad one."""
     name, m, n, k = entry["design"], entry["m"], entry["n"], entry["k"]
     per_group = entry["per_group"]
     if name not in DESIGNS:

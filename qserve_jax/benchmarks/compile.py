@@ -20,7 +20,8 @@ def compile_all[Name](
     at_once: 1 where XLA runs kernels to choose between them, which others would disturb.
     """
     compiled: dict[Name, Any] = {}
-    with ThreadPoolExecutor(at_once) as pool:
+    pool = ThreadPoolExecutor(at_once)
+    try:
         for name, (function, arguments) in jobs.items():
             try:
                 compiled[name] = pool.submit(jax.jit(function).lower(*arguments).compile)
@@ -29,6 +30,8 @@ def compile_all[Name](
         for name, job in compiled.items():
             if not isinstance(job, Exception):
                 compiled[name] = job.exception() or job.result()
+    finally:  # after Ctrl-C what has not begun, which may be minutes of it, never does
+        pool.shutdown(cancel_futures=True)
     return compiled
 
 

@@ -13,9 +13,9 @@ rows        {"backend", "group_size", "m", "n", "k", "us", "bf16_us", "int8_us",
 
 A report may be continued by later commits: ceilings, baselines and rows each have the "commit" that
 measured them, and rows the "kernels" (`provenance.kernels`) too. Baselines need none of ours, and
-stay; a row of other kernels or another config than this checkout's is not present: when its turn
-comes, it is dropped and measured again. Files from before that had one commit for all, which their
-parts get when read.
+stay, but are measured again where a null is of a column that can be measured here; a row of other
+kernels or another config than this checkout's is not present: when its turn comes, it is dropped
+and measured again. Files from before that had one commit for all, which their parts get when read.
 """
 
 from __future__ import annotations
@@ -30,12 +30,16 @@ from typing import Any
 
 import jax
 
-from qserve_jax.benchmarks.baselines import best_fp8
+from qserve_jax.benchmarks.baselines import COLUMNS, best_fp8
 from qserve_jax.benchmarks.ceilings import memory_rates, roofline_share
 from qserve_jax.benchmarks.clock import PROTOCOL
 from qserve_jax.benchmarks.provenance import provenance
 
 Report = dict[str, Any]
+ALWAYS = ("group_size", "m", "n", "k", "us", "gbps", "tops", "rel_err")
+"""Columns of numbers that every row has."""
+RATES = ("hbm_copy_gbps", "bf16_tops", "int8_tops")
+"""Ceilings that reports of every age have, if any."""
 ROW = (
     *("backend", "group_size", "m", "n", "k", "us"),
     *("bf16_us", "int8_us", "fp8_us", "gbps", "tops", "rel_err", "config", "kernels", "commit"),
@@ -66,14 +70,40 @@ def read_report(path: Path) -> Report | None:
         return None
     try:
         report = json.loads(path.read_text())
-        needed = ("device", "commit", "ceilings", "baselines", "rows")
-        complete = all(name in report for name in needed)
-    except (ValueError, TypeError):
-        complete, report = False, None
-    if not complete or report is None:
+    except (ValueError, RecursionError):
+        report = None
+    if report is None or not _is_report(report):
         raise ValueError(f"{path} holds no results of this command: name another file")
     _say_origins(report)
     return report
+
+
+def _is_report(found: Any) -> bool:
+    """Whether it has the parts of a report, of their types; what rows hold is for `is_matmul`."""
+    types = {"device": str, "jax": str, "commit": str, "ceilings": dict, "baselines": list}
+    types |= {"rows": list}
+    if not isinstance(found, dict):
+        return False
+    if not all(isinstance(found.get(name), kind) for name, kind in types.items()):
+        return False
+    parts = [found["ceilings"], *found["baselines"], *all_rows(found)]
+    return all(isinstance(part, dict) for part in parts) and all(
+        isinstance(part.get("commit", ""), str) for part in parts
+    )
+
+
+def is_matmul(report: Report) -> bool:
+    """Whether a saved report is of matmuls, with all numbers that are shown."""
+    rows, others = report["rows"], report["baselines"]
+    rates = {name: rate for name, rate in report["ceilings"].items() if name != "commit"}
+    needed = [row.get(name) for row in rows for name in ALWAYS]
+    needed += [part.get(name) for part in others for name in ("m", "n", "k")]
+    needed += [*rates.values(), *(rates.get(name) for name in RATES if rates)]
+    times = [row.get(name) for row in rows for name in ("bf16_us", "int8_us", "fp8_us")]
+    times += [part.get(name) for part in others for name in COLUMNS]
+    given = needed + [us for us in times if us is not None]
+    numbers = all(type(x) in (int, float) for x in given)
+    return "op" not in report and numbers and all(row["us"] > 0 for row in rows)
 
 
 def _say_origins(report: Report) -> None:

@@ -189,6 +189,46 @@ def test_a_backend_that_cannot_is_told_and_one_that_fails_is_a_problem(monkeypat
     assert bench.problems == [f"{place} m=3: KeyError: 'x'"]
 
 
+@pytest.mark.parametrize(
+    "lacking, what",
+    [
+        ("make_weight", "w4a8 64x256 group size 128"),
+        ("make_plain_weights", "bf16, int8 and "),
+    ],
+)
+def test_weights_that_do_not_fit_are_a_problem_and_the_rest_goes_on(monkeypatch, lacking, what):
+    def too_many(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nand more")
+
+    monkeypatch.setattr(matmul, lacking, too_many)
+    bench, _, _ = run(FakeClock(10.0), make_report(), tokens=(1,))
+    ours, others = len(bench.report["rows"]), len(bench.report["baselines"])
+    assert (ours, others) == ((0, 1) if lacking == "make_weight" else (2, 0))
+    assert bench.problems[0].startswith(what)
+    assert bench.problems[0].endswith(": RuntimeError: RESOURCE_EXHAUSTED: Out of memory")
+
+
+def test_baselines_that_failed_are_measured_again(monkeypatch):
+    """With all columns that can be measured here; others stay."""
+    with monkeypatch.context() as broken:
+        broken.setitem(baselines.XLA, "int8_us", lambda *_: 1 // 0)
+        first, _, _ = run(FakeClock(10.0), make_report(), tokens=(1,), group_sizes=(128,))
+    assert [line.split(": ")[:2] for line in first.problems] == [
+        [f"int8 {N}x{K} m=1", "ZeroDivisionError"]
+    ]
+    first.report["baselines"][0]["fp8_torch_row_us"] = 5.0
+    bench, _, _ = run(FakeClock(20.0), first.report, tokens=(1,), group_sizes=(128,))
+    (found,) = bench.report["baselines"]
+    assert (found["bf16_us"], found["int8_us"], found["fp8_torch_row_us"]) == (20.0, 20.0, 5.0)
+    assert [row["int8_us"] for row in bench.report["rows"]] == [20.0]
+    clock = FakeClock(30.0)
+    run(clock, bench.report, tokens=(1,), group_sizes=(128,))
+    assert clock.calls == 0
+    monkeypatch.setattr(baselines, "why_no_torch", lambda: None)  # and the torch that came fails
+    run(clock, bench.report, tokens=(1,), group_sizes=(128,))
+    assert clock.calls == len(baselines.XLA)
+
+
 def test_ceilings_are_rates_of_the_work_done():
     def clock(call):
         results.append(call(0))
@@ -262,7 +302,8 @@ def test_files(tmp_path):
     read = report.read_report(path)
     assert read and read["rows"] == [old | HERE | {"kernels": None}]
     assert read["baselines"] == [BASELINE | {"commit": "c" * 40}]
-    for text in ("{", "[]", "{}", "3"):
+    names = json.dumps(list(found))
+    for text in ("{", "[]", "{}", "3", names, json.dumps(names), "[" * 100_000):
         path.write_text(text)
         with pytest.raises(ValueError, match="r.json holds no results of this command: name ano"):
             report.read_report(path)

@@ -61,11 +61,62 @@ def test_a_start_that_fails_is_told():
         tune.climb(Config(4, 1), check, lambda configs: [None for _ in configs], rounds=1)
 
 
+CONFIG = {"row_warps": 1, "row_tiles": 2, "k_warps": 1, "tokens": 16, "stages": 3}
+ENTRY = {"design": "mma", "m": 16, "n": 64, "k": 512, "per_group": True, "us": 2.0}
+ENTRY |= {"config": CONFIG | {"k_warps": 4}}
+
+
 def test_entries_replace_their_like(tmp_path):
     path = tmp_path / "tuned" / "x.json"
-    entry = {"design": "mma", "m": 16, "n": 64, "k": 128, "per_group": True, "us": 2.0}
     for change in ({}, {"m": 8}, {"us": 1.5}):
-        tune_kernels.merge(path, entry | change)
+        tune_kernels.merge(path, ENTRY | change)
     content = json.loads(path.read_text())
     assert [(e["m"], e["us"]) for e in content["entries"]] == [(8, 2.0), (16, 1.5)]
     assert set(content) == {"device", "jax", "commit", "entries"}
+    assert all(set(e) == set(ENTRY) for e in content["entries"])
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_entries_of_another_run_say_so(tmp_path):
+    path = tmp_path / "x.json"
+    tune_kernels.merge(path, ENTRY)
+    then = json.loads(path.read_text()) | {"commit": "of old", "jax": "0"}
+    path.write_text(json.dumps(then))
+    for m in (8, 32):
+        tune_kernels.merge(path, ENTRY | {"m": m})
+    content = json.loads(path.read_text())
+    assert content["commit"] != "of old"
+    found = [(e["m"], e.get("jax"), e.get("commit")) for e in content["entries"]]
+    assert found == [(8, None, None), (16, "0", "of old"), (32, None, None)]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"device": "cpu"', "x.json is broken, JSONDecodeError"),
+        ("[]", "x.json is broken, TypeError"),
+        ('{"device": "cpu", "jax": "1", "commit": "c"}', r"broken, KeyError\('entries'\)"),
+        (
+            '{"device": "cpu", "jax": "1", "commit": "c", "entries": [{}]}',
+            r"broken, KeyError\('design'\): mend it or name another --output",
+        ),
+        (
+            '{"device": "B", "jax": "1", "commit": "c", "entries": []}',
+            "x.json is of B, this is cpu: name another --output",
+        ),
+    ],
+)
+def test_a_file_that_is_broken_or_of_another_device_is_left_alone(tmp_path, content, message):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        tune_kernels.merge(path, ENTRY)
+    assert path.read_text() == content
+
+
+def test_a_case_without_a_time_does_not_end_the_run(capsys, monkeypatch, small_cache):
+    monkeypatch.setattr(
+        tune_kernels, "make_measure", lambda *_: lambda configs: [None] * len(configs)
+    )
+    assert tune_kernels.tune("mma", 16, 64, 512, 128, 1) is None
+    assert "the heuristic's choice, gives no time" in capsys.readouterr().out

@@ -127,6 +127,14 @@ def test_refusals():
         silu_mul_quantize(jnp.ones((2, 255)))
 
 
+@pytest.mark.parametrize("dims", [(), (0,), (3, 0)])
+def test_tokens_without_features_are_refused(dims):
+    for op in (quantize_activation, silu_mul_quantize):
+        for name in (None, KERNEL):
+            with pytest.raises(ValueError, match=r"x has shape \(.*\), but a token needs at least"):
+                jax.eval_shape(lambda x, op=op, name=name: op(x, backend=name), shape(dims))
+
+
 def test_norms_before_quantised_projections_are_read_in_place():
     float_layers = {"attn_norm": {"scale": jnp.ones((2, 8))}, "o_proj": {"kernel": jnp.ones(2)}}
     scanned, in_place = split_in_place(float_layers)

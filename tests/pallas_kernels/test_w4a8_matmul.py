@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qserve_jax.pallas_kernels import quantized_matmul, w4a8_matmul
-from qserve_jax.pallas_kernels.w4a8_matmul import reference
+from qserve_jax.pallas_kernels.w4a8_matmul import reference, to_kernel_layout
 from qserve_jax.quantization import QuantConfig, quantize_kernel
 from qserve_jax.quantization.packing import dequantize_weight
 from qserve_jax.quantization.qtensor import (
@@ -205,6 +205,18 @@ def test_layers_in_a_scan_are_not_copied(rng):
     np.testing.assert_allclose(compiled(x, stacked), expected, rtol=0, atol=1e-6 * largest)
 
 
+@every_kind
+def test_int32_is_the_sums_as_in_the_kernels(kind, rng):
+    w, weights = make_weight(kind, rng, (8, 256))
+    x, codes = make_activation(rng, (2, 256))
+    found = quantized_matmul(x, w, out_dtype=jnp.int32)
+    np.testing.assert_array_equal(found, codes @ weights.T)
+    added: tuple[dict[str, Any], ...] = ({"bias": jnp.ones(8)}, {"residual": jnp.ones((2, 8))})
+    for more in added:
+        with pytest.raises(ValueError, match="out_dtype=int32 is for the sums alone: leave bias"):
+            quantized_matmul(x, w, out_dtype=jnp.int32, **more)
+
+
 def test_default_output_is_bfloat16(rng):
     w, _ = make_weight("per-group", rng, (8, 128))
     x, _ = make_activation(rng, (2, 128))
@@ -243,8 +255,26 @@ def test_errors(rng):
         quantized_matmul(x, stacked, layer=0, bias=jnp.ones(1))
     with pytest.raises(ValueError, match=r"residual has shape \(8,\) .* needs \(2, 8\)"):
         quantized_matmul(x, stacked, layer=0, residual=jnp.ones(8))
+    with pytest.raises(ValueError, match=r"x codes have shape \(\): need \[\.\.\., K\]"):
+        quantized_matmul(jax.tree.map(lambda a: a.reshape(-1)[0], x), stacked, layer=0)
+    flat: Any = jnp.zeros((8, 64), jnp.int32)
+    lies = W4PerGroup(flat, flat, flat, flat, G, SOURCE, "mma_w4")
+    with pytest.raises(ValueError, match=r"have shape \(8, 64\): need \[N, K\] or \[L, N, K\]"):
+        quantized_matmul(x, lies)
     with pytest.raises(ValueError, match="backend='cuda' is unknown"):
         quantized_matmul(x, stacked, layer=0, backend="cuda")
+
+
+@pytest.mark.parametrize("found", [jnp.float32(1.5), jnp.ones(1, jnp.int32), jnp.bool_(True)])
+@pytest.mark.parametrize("name", ["reference", "mosaic_sm90", "mosaic_mma"])
+def test_a_traced_layer_is_an_integer(found, name, rng):
+    """Or else a kernel would take layer 1 for 1.5."""
+    x, _ = make_activation(rng, (2, 128))
+    w, _ = make_weight("per-group", rng, (3, 64, 128))
+    w = w if name == "reference" else to_kernel_layout(w)
+    message = rf"a traced layer is {found.dtype}\[.*\], which is no integer: use an int32\[\]"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda layer: w4a8_matmul(x, w, layer=layer, backend=name), found)
 
 
 def test_reference_refuses_another_layout(rng):

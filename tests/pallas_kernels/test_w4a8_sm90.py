@@ -150,6 +150,7 @@ GOOD = Sm90Config(tokens=64, row_warpgroups=2, k_warpgroups=2, stages=2, cluster
             "tokens must be a multiple of 8 cluster",
         ),
         ({"cluster": 4}, "cluster must be 1 or 2"),
+        ({"cluster": 200}, "cluster must be 1 or 2"),  # more blocks than SMs
         ({"stages": 1}, "stages must be at least 2"),
         ({"row_warpgroups": 1, "k_warpgroups": 3, "tokens": 48}, "k_warpgroups must be 1, 2 or 4"),
         ({"k_warpgroups": 1, "stages": 3}, "k_warpgroups .* stages must be at least 4"),

@@ -86,7 +86,20 @@ def test_a_bad_entry_is_refused_and_the_others_are_used(write, change, reason):
         assert tuning.tuned_config("mma", 8, 4096, 4096, True) == CHOSEN
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "3", '{"entries": 3}', '{"rows": []}'])
+def test_a_cluster_of_more_blocks_than_the_gpu_has_is_refused(write):
+    """Such a config divides by nothing in the rules."""
+    chosen = dataclasses.asdict(tuning.DESIGNS["wgmma"].choose(64, 4096, 4096, True))
+    bad = ENTRY | {"design": "wgmma", "m": 64, "config": chosen | {"cluster": 200}}
+    write({"entries": [bad, ENTRY]})
+    with pytest.warns(UserWarning, match="nvidia_x_1.json: not used, entry 0, .*: run scripts/tun"):
+        assert tuning.tuned_config("wgmma", 64, 4096, 4096, True) is None
+    assert tuning.tuned_config("mma", 16, 4096, 4096, True) == CHOSEN
+
+
+BROKEN = ["{", "[]", "3", '{"entries": 3}', '{"rows": []}', "[" * 100_000]
+
+
+@pytest.mark.parametrize("content", BROKEN, ids=lambda content: content[:9])
 def test_a_broken_file_is_refused_whole(write, content):
     write(content)
     with pytest.warns(UserWarning, match="nvidia_x_1.json: not used, .*: run scripts/tune_kernels"):

@@ -29,8 +29,8 @@ import jax.numpy as jnp
 
 from qserve_jax.pallas_kernels import intrinsics as ptx
 from qserve_jax.pallas_kernels.intrinsics import F32, I32, Address, Predicate
+from qserve_jax.pallas_kernels.page_layout import PageLayout
 from qserve_jax.quantization.numerics import MAX_KV_VALUE, MIN_KV_SCALE
-from qserve_jax.quantization.packing import code_words
 from qserve_jax.quantization.qtensor import Array, KVCache
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -84,16 +84,9 @@ class _Problem:
         return self.head_dim * jnp.dtype(self.dtype).itemsize
 
     @property
-    def value_bytes(self) -> int:
-        """Of a head of a token on one side, as the cache keeps it."""
-        if self.bits == 16:
-            return self.head_dim * jnp.dtype(self.cache_dtype).itemsize
-        return 4 * code_words(self.head_dim, self.bits)
-
-    @property
-    def block_bytes(self) -> int:
-        """Of a (page, head) block."""
-        return self.page_size * (2 * self.value_bytes + (0 if self.bits == 16 else 8))
+    def page(self) -> PageLayout:
+        itemsize = jnp.dtype(self.cache_dtype).itemsize
+        return PageLayout(self.page_size, self.head_dim, self.bits, itemsize)
 
 
 def rope_append(
@@ -349,7 +342,7 @@ def _place(p: _Problem, o: _Operands, t: _Lane, head: I32) -> _Place:
         layer = ptx.select(layer < 0, layer + p.layers, layer)  # as an index of XLA
         exists &= ~(layer < 0) & (layer < p.layers)
         index += layer * p.num_pages
-    block = o.pages.advance(index * p.kv_heads + head, p.block_bytes)
+    block = o.pages.advance(index * p.kv_heads + head, p.page.block_bytes)
     return _Place(exists, block, slot % p.page_size)
 
 
@@ -360,13 +353,13 @@ def _write_side(p: _Problem, t: _Lane, place: _Place, side: int, words: Halves) 
         values, scales = _quantized(p, [ptx.floats_of(part, p.dtype) for part in words])
     elif p.cache_dtype != p.dtype:
         values = [ptx.words_of(ptx.floats_of(part, p.dtype), p.cache_dtype) for part in words]
-    side_bytes = p.page_size * p.value_bytes
+    size = p.page.side_bytes
     with ptx.when(place.exists):
-        row = place.block.advance(side, side_bytes).advance(place.offset, p.value_bytes)
-        _store(_vectors(p, t, row, p.value_bytes), values)
+        row = place.block.advance(side, p.page.values_at).advance(place.offset, size)
+        _store(_vectors(p, t, row, size), values)
     if scales is not None:
         with ptx.when(place.exists & t.vector.is_(0)):
-            target = place.block.advance(1, 2 * side_bytes + 4 * side).advance(place.offset, 8)
+            target = place.block.advance(1, p.page.scales_at + 4 * side).advance(place.offset, 8)
             ptx.store_global(target, [scales])
 
 

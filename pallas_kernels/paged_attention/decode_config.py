@@ -13,8 +13,6 @@ import functools
 from qserve_jax.pallas_kernels.backend import default_device
 from qserve_jax.pallas_kernels.paged_attention.decode_problem import COLUMNS, Problem
 
-SMS = 132
-"""Of the GPU that all is cut for. Others are filled as well, or nearly."""
 SHARED_LIMIT = 232_448
 """Bytes of a block on Hopper."""
 
@@ -82,7 +80,7 @@ class SharedMemory:
 
 
 def shared_memory(p: Problem, config: DecodeConfig) -> SharedMemory:
-    return _shared_memory(p.head_dim, p.block_bytes, config)
+    return _shared_memory(p.head_dim, p.page.block_bytes, config)
 
 
 @functools.cache

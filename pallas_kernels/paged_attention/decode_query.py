@@ -8,11 +8,10 @@ from typing import Any
 from qserve_jax.pallas_kernels import intrinsics as ptx
 from qserve_jax.pallas_kernels.intrinsics import F32, I32
 from qserve_jax.pallas_kernels.paged_attention import decode_codes as codes
-from qserve_jax.pallas_kernels.paged_attention.decode_problem import COLUMNS, LOG2E, Problem
+from qserve_jax.pallas_kernels.paged_attention.decode_problem import COLUMNS, Problem
 from qserve_jax.pallas_kernels.paged_attention.decode_thread import Thread
+from qserve_jax.pallas_kernels.paged_attention.problem import LOG2E, LOWEST
 
-LOWEST = -1e30
-"""A maximum of nothing: exp2 of two of them apart is 1, which -inf would make NaN."""
 LIFT = {4: 5.0, 8: 9.0, 16: 9.0}
 """log2 of the largest weight when top was last set. f16 has 16 bits above 1 and 14 below: weights
 times V's scales, (max - min) / (2**bits - 1), are to be in the middle, the small ones too."""
@@ -74,7 +73,9 @@ def load_row(ref: ptx.Address, index: I32, first: I32, count: int, h: int, dtype
 def ask_query(p: Problem, t: Thread) -> list[list[I32]]:
     """Lane (g, c): of the query of column g the dims that it reads of K, in the same order."""
     row = t.row * p.heads + t.head_of_column(t.g)
-    dims = min(16, p.side_bytes // 4) * 8 // p.bits  # of the bytes of K that a lane reads at once
+    dims = (
+        min(16, p.page.side_bytes // 4) * 8 // p.bits
+    )  # of the bytes of K that a lane reads at once
     return [
         load_row(t.gmem["q"], row, t.c * dims + start, dims, p.head_dim, p.q_dtype)
         for start in range(0, p.head_dim, 4 * dims)

@@ -12,7 +12,8 @@ from qserve_jax.pallas_kernels.paged_attention.decode_config import (
     SharedMemory,
     shared_memory,
 )
-from qserve_jax.pallas_kernels.paged_attention.decode_problem import COLUMNS, PAGE, Problem
+from qserve_jax.pallas_kernels.paged_attention.decode_problem import COLUMNS, Problem
+from qserve_jax.pallas_kernels.paged_attention.problem import PAGE
 
 
 class Thread:
@@ -97,7 +98,7 @@ class Thread:
     def page_source(self, p: Problem, page: I32) -> Address:
         """The block of this KV head in a page; in page 0 for ids outside the cache."""
         page = ptx.select(self.is_page(p, page), page, 0)
-        return self.heads_pages.advance(page, p.kv_heads * p.block_bytes)
+        return self.heads_pages.advance(page, p.kv_heads * p.page.block_bytes)
 
     def is_page(self, p: Problem, page: I32) -> Predicate:
         return (page > -1) & (page < p.num_pages)
@@ -109,5 +110,5 @@ class Thread:
         if p.layers is not None:
             layer = ptx.select(self.layer < 0, self.layer + p.layers, self.layer)
             layer = ptx.minimum(ptx.maximum(layer, 0), p.layers - 1)
-            pages = pages.advance(layer, p.num_pages * p.kv_heads * p.block_bytes)
-        self.heads_pages = pages.advance(self.kv_head, p.block_bytes)
+            pages = pages.advance(layer, p.num_pages * p.kv_heads * p.page.block_bytes)
+        self.heads_pages = pages.advance(self.kv_head, p.page.block_bytes)

@@ -17,7 +17,6 @@ from qserve_jax.pallas_kernels import intrinsics as ptx
 from qserve_jax.pallas_kernels.intrinsics import I32
 from qserve_jax.pallas_kernels.paged_attention import decode_page as page
 from qserve_jax.pallas_kernels.paged_attention.decode_config import (
-    SMS,
     DecodeConfig,
     check_config,
     shared_memory,
@@ -37,6 +36,7 @@ from qserve_jax.pallas_kernels.paged_attention.decode_query import (
 )
 from qserve_jax.pallas_kernels.paged_attention.decode_rules import choose_config
 from qserve_jax.pallas_kernels.paged_attention.decode_thread import Thread
+from qserve_jax.pallas_kernels.paged_attention.problem import SMS
 from qserve_jax.quantization.qtensor import Array
 
 

@@ -12,7 +12,7 @@ from qserve_jax.pallas_kernels import intrinsics as ptx
 from qserve_jax.pallas_kernels.intrinsics import I32
 from qserve_jax.pallas_kernels.paged_attention import mosaic_decode
 from qserve_jax.pallas_kernels.paged_attention.decode_config import DecodeConfig
-from qserve_jax.pallas_kernels.paged_attention.decode_problem import PAGE, Problem
+from qserve_jax.pallas_kernels.paged_attention.decode_problem import Problem
 from qserve_jax.pallas_kernels.paged_attention.decode_thread import Thread
 
 
@@ -29,10 +29,10 @@ class ThreadCopies:
         p, t = self.p, self.t
         with ptx.when(i < t.pages):
             source = t.page_source(p, page)
-            target = t.ring + slot * p.block_bytes
-            part = 16 * p.side_bytes  # of K or V
+            target = t.ring + slot * p.page.block_bytes
+            part = 16 * p.page.side_bytes  # of K or V
             for side in range(2):
-                first = t.quarter * part + t.lane * 16 + side * PAGE * p.side_bytes
+                first = t.quarter * part + t.lane * 16 + side * p.page.values_at
                 for offset in range(0, part, 512):
                     ptx.copy_16_bytes(
                         target + first,
@@ -41,7 +41,7 @@ class ThreadCopies:
                         source_offset=offset,
                     )
             if p.bits != 16:
-                first = t.quarter * 128 + t.lane * 16 + 2 * PAGE * p.side_bytes
+                first = t.quarter * 128 + t.lane * 16 + p.page.scales_at
                 with ptx.when(t.lane < 8):
                     ptx.copy_16_bytes(target + first, source.advance(first, 1))
         ptx.commit_copies()
@@ -59,7 +59,7 @@ class ThreadCopies:
         ptx.sync_warp()
         previous = ptx.select(slot.is_(0), self.stages - 1, slot - 1)
         self._copy(previous, i + (self.stages - 1), later)
-        return self.t.ring + slot * self.p.block_bytes
+        return self.t.ring + slot * self.p.page.block_bytes
 
     def release(self, slot: I32) -> None:
         """The next barrier of the warp says it."""

@@ -31,7 +31,7 @@ class BulkCopies:
         return self.barriers + slot * 8 + 8 * self.stages
 
     def _copy(self, slot: I32, page: I32) -> None:
-        size = self.p.block_bytes
+        size = self.p.page.block_bytes
         ptx.expect_bytes(self._full(slot), size)
         target = self.t.ring + slot * size
         ptx.copy_to_shared(target, self.t.page_source(self.p, page), size, self._full(slot))
@@ -52,7 +52,7 @@ class BulkCopies:
 
     def wait(self, i: I32, slot: I32, parity: I32) -> I32:
         ptx.wait(self._full(slot), parity)
-        return self.t.ring + slot * self.p.block_bytes
+        return self.t.ring + slot * self.p.page.block_bytes
 
     def release(self, slot: I32) -> None:
         ptx.fence_reads()

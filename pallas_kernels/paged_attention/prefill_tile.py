@@ -36,7 +36,7 @@ class Pages:
     @property
     def chunks(self) -> int:
         """Of 16 bytes that a token has on each side."""
-        return self.p.side_bytes // 16
+        return self.p.page.side_bytes // 16
 
     @property
     def bits(self) -> int:
@@ -63,12 +63,12 @@ class Pages:
         """K, V and, of a quantised page, scales: (sk, ck), (sv, cv)."""
         p = self.p
         index = (self.index + page * self.exists(page)) * p.kv_heads
-        block = self.pages.advance(index, p.block_bytes)
-        k = block.advance(token, p.side_bytes).advance(chunk, 16)
-        words = ptx.load_words(k, 16) + ptx.load_words(k.advance(1, TILE * p.side_bytes), 16)
+        block = self.pages.advance(index, p.page.block_bytes)
+        k = block.advance(token, p.page.side_bytes).advance(chunk, 16)
+        words = ptx.load_words(k, 16) + ptx.load_words(k.advance(1, p.page.values_at), 16)
         if p.bits == 16:
             return words
-        scales = block.advance(1, 2 * TILE * p.side_bytes).advance(token, 8)
+        scales = block.advance(1, p.page.scales_at).advance(token, 8)
         return words + ptx.load_global(scales, count=2)
 
 
@@ -135,7 +135,7 @@ class Sources:
         first = first_tile(p, b.start + b.first)
         count = count_tiles(b, first, ptx.minimum(needed, p.width * TILE))
         table = self.table.advance(b.batch, 4 * p.width)
-        pages = self.pages.advance(b.kv_head, p.block_bytes)
+        pages = self.pages.advance(b.kv_head, p.page.block_bytes)
         return Pages(p, table, pages, self._first_page(), first, count, end)
 
     def _first_page(self) -> I32:

@@ -85,7 +85,7 @@ def emulate(stages, pages, seed, monkeypatch):
             page_id=lambda p, i: Word(1000 + i),
             page_source=lambda p, page: Address(page),
         )
-        p: Any = types.SimpleNamespace(block_bytes=SIZE)
+        p: Any = types.SimpleNamespace(page=types.SimpleNamespace(block_bytes=SIZE))
         ring: Any = mosaic_sm90.BulkCopies(p, DecodeConfig(stages), t, [None])
         first = ring.prepare()
         assert index or first == 1000

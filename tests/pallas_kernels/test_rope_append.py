@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from qserve_jax.pallas_kernels import append_kv, backend, intrinsics, rope_append_kv
+from qserve_jax.pallas_kernels import append_kv, backend, intrinsics, page_layout, rope_append_kv
 from qserve_jax.pallas_kernels.append_kv import mosaic, reference
 from qserve_jax.quantization.numerics import quantize_kv
 from qserve_jax.quantization.qtensor import KVCache, kv_bytes_per_token
@@ -167,7 +167,7 @@ def test_the_emulation_notices(rng, monkeypatch):
         patch.setattr(Machine, "exchange", lambda self, value, lanes: value)
         assert (emulate([qkv], turn, cache, slots, 0, 2)[1] != right).any()
     with monkeypatch.context() as patch:
-        patch.setattr(mosaic._Problem, "block_bytes", 2**20)
+        patch.setattr(page_layout.PageLayout, "block_bytes", 2**20)
         with pytest.raises(AssertionError, match="out of bounds"):
             emulate([qkv], turn, cache, slots, 1, 2)
 

@@ -315,6 +315,7 @@ GOOD = DecodeConfig(3, 4, cluster=2)
         ({"warpgroups": 3}, "warpgroups must be 1, 2 or 4"),
         ({"cluster": 16}, "cluster must be 1, 2, 4 or 8"),
         ({"splits": 0}, "splits must be at least 1"),
+        ({"splits": 2}, "a cluster has no splits: leave one of the two at 1"),
         ({"stages": 7}, r"takes \d+ bytes of shared memory, at most 232448"),
     ],
 )

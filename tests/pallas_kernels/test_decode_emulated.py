@@ -60,8 +60,7 @@ CONFIGS = [
     ("mosaic_sm90", 4, DecodeConfig(3, 1, cluster=4)),
     ("mosaic_sm90", 8, DecodeConfig(2, 2, cluster=8)),
     ("mosaic_sm90", 16, DecodeConfig(2, 1, splits=3)),
-    ("mosaic_sm90", 4, DecodeConfig(2, 1, cluster=4, splits=2)),
-    ("mosaic_sm90", 16, DecodeConfig(2, 2, cluster=2, splits=3)),
+    ("mosaic_sm90", 16, DecodeConfig(2, 2, cluster=2)),
     ("mosaic_mma", 4, DecodeConfig(3, 2, splits=2)),
     ("mosaic_mma", 16, DecodeConfig(2, 1, splits=5)),
 ]

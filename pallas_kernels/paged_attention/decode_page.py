@@ -16,7 +16,7 @@ from qserve_jax.pallas_kernels.intrinsics import F32, I32, Predicate
 from qserve_jax.pallas_kernels.paged_attention import decode_codes as codes
 from qserve_jax.pallas_kernels.paged_attention.decode_problem import Problem
 from qserve_jax.pallas_kernels.paged_attention.decode_query import LIFT, Query, State, finish_score
-from qserve_jax.pallas_kernels.paged_attention.decode_thread import Thread
+from qserve_jax.pallas_kernels.paged_attention.decode_thread import Thread, Work
 from qserve_jax.pallas_kernels.paged_attention.problem import PAGE
 
 MARGIN = 4.0
@@ -44,10 +44,10 @@ class Seen:
     columns: list[list[Predicate]]
 
 
-def seen_tokens(p: Problem, t: Thread, lane: Lane, i: I32, exists: Predicate) -> Seen:
+def seen_tokens(p: Problem, t: Thread, work: Work, lane: Lane, i: I32, exists: Predicate) -> Seen:
     """Of the worker's i-th page; none where its id is outside the cache."""
     start = (t.first_page + t.worker + i * t.workers) * PAGE
-    left = ptx.select(exists, t.last - start, 0)  # tokens from the page's start
+    left = ptx.select(exists, work.end - start, 0)  # tokens from the page's start
     before = t.first - start
 
     def seen(token: I32) -> Predicate:

@@ -9,7 +9,7 @@ from qserve_jax.pallas_kernels import intrinsics as ptx
 from qserve_jax.pallas_kernels.intrinsics import F32, I32
 from qserve_jax.pallas_kernels.paged_attention import decode_codes as codes
 from qserve_jax.pallas_kernels.paged_attention.decode_problem import COLUMNS, Problem
-from qserve_jax.pallas_kernels.paged_attention.decode_thread import Thread
+from qserve_jax.pallas_kernels.paged_attention.decode_thread import Thread, Work
 from qserve_jax.pallas_kernels.paged_attention.problem import LOG2E, LOWEST
 
 LIFT = {4: 5.0, 8: 9.0, 16: 9.0}
@@ -82,12 +82,12 @@ def ask_query(p: Problem, t: Thread) -> list[list[I32]]:
     ]
 
 
-def make_query(p: Problem, t: Thread, asked: list[list[I32]]) -> Query:
+def make_query(p: Problem, t: Thread, work: Work, asked: list[list[I32]]) -> Query:
     """Of what `ask_query` has loaded, where the worker has pages: behind a branch, ptxas leaves it
     after the copies, which should not wait for it."""
     count = p.head_dim // 4 * (2 if p.splits_query else 1)
     nothing = [*[ptx.constant(0)] * (count // 2), *[ptx.constant_float(0)] * 4]
-    made = ptx.branch_values(t.pages > 0, nothing, lambda: _query(p, t, asked).registers())
+    made = ptx.branch_values(work.count > 0, nothing, lambda: _query(p, t, asked).registers())
     return Query.of(p, made)
 
 
@@ -163,13 +163,13 @@ def _size(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
 
 
-def start_state(p: Problem, t: Thread, asked: list[I32]) -> State:
+def start_state(p: Problem, t: Thread, work: Work, asked: list[I32]) -> State:
     """Nothing; in the first warp of the first worker the new token, where it is to be seen."""
     zero, lowest = ptx.constant_float(0), ptx.constant_float(LOWEST)
     empty = State([zero] * (p.head_dim // 4), [lowest] * 2, [zero] * 2, [zero] * 2)
-    if p.new is None:
+    if work.has_new is None:
         return empty
-    mine = t.has_new & t.worker.is_(0) & t.quarter.is_(0)
+    mine = work.has_new & t.worker.is_(0) & t.quarter.is_(0)
     found = ptx.branch_values(mine, empty.registers(), lambda: _new_token(p, t, asked).registers())
     return State.of(found)
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from qserve_jax.pallas_kernels.paged_attention.problem import (
     HALVES,
     HEAD_DIMS,
-    LOG2E,
     PAGE,
     AttentionProblem,
     refuse,
@@ -50,7 +49,7 @@ class Problem(AttentionProblem):
     @property
     def score_factor(self) -> float:
         """From q @ k to what exp2 takes; under a softcap to 2 log2(e) x of tanh(x)."""
-        return self.sm_scale * LOG2E * (1 if self.softcap is None else 2 / self.softcap)
+        return super().score_factor * (1 if self.softcap is None else 2 / self.softcap)
 
 
 def gather(

@@ -47,7 +47,8 @@ class State:
     """Sums over the tokens so far of this warp, relative to 2**top; total and centre of this lane.
 
     acc: of mma i over V, see decode_codes; of columns 2 c and 2 c + 1. top, total, centre: for
-    these two columns the exponent, the sum of the weights, and of weights times V's centres.
+    these two columns the exponent (for FlashAttention's m), the sum of the weights (l), and of
+    weights times V's centres.
     """
 
     acc: list[F32]
@@ -73,9 +74,8 @@ def load_row(ref: ptx.Address, index: I32, first: I32, count: int, h: int, dtype
 def ask_query(p: Problem, t: Thread) -> list[list[I32]]:
     """Lane (g, c): of the query of column g the dims that it reads of K, in the same order."""
     row = t.row * p.heads + t.head_of_column(t.g)
-    dims = (
-        min(16, p.page.side_bytes // 4) * 8 // p.bits
-    )  # of the bytes of K that a lane reads at once
+    at_once = min(16, p.page.side_bytes // 4)  # bytes of K that a lane reads
+    dims = at_once * 8 // p.bits
     return [
         load_row(t.gmem["q"], row, t.c * dims + start, dims, p.head_dim, p.q_dtype)
         for start in range(0, p.head_dim, 4 * dims)

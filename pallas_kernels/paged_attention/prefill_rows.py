@@ -57,7 +57,8 @@ def block(p: Problem, index: I32, lens: Address, thread: I32) -> Block:
 
 @dataclasses.dataclass
 class State:
-    """Of the lane's two rows: the largest score, the sum of weights, and of weighted values."""
+    """Of the lane's two rows: the score that weights are relative to (for FlashAttention's m), the
+    sum of weights (l), and of weighted values."""
 
     top: list[F32]
     total: list[F32]

@@ -67,7 +67,6 @@ ATTENTION: dict[str, tuple[Callable, int, DecodeConfig]] = {
     "sm90, one worker": (attention_sm90.decode, 4, DecodeConfig(2)),
     "sm90, warpgroups and a cluster": (attention_sm90.decode, 8, DecodeConfig(2, 2, 2)),
     "sm90, splits": (attention_sm90.decode, 16, DecodeConfig(2, 1, 1, 2)),
-    "sm90, a cluster and splits": (attention_sm90.decode, 4, DecodeConfig(2, 1, 2, 2)),
     "mma, one worker": (attention_mma.decode, 4, DecodeConfig(3)),
     "mma, splits": (attention_mma.decode, 16, DecodeConfig(2, 2, 1, 2)),
 }

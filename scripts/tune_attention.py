@@ -71,7 +71,6 @@ def configs(p: Any, clusters: bool) -> list[DecodeConfig]:
     """The rules' choice first, then all that can run and leave no worker without a page."""
     found = [choose_config(p, clusters=clusters)]
     cuts = [(c, 1) for c in (1, 2, 4, 8)[: 4 if clusters else 1]] + [(1, s) for s in (2, 4, 8, 16)]
-    cuts += [(4, 2), (4, 4), (8, 2)] if clusters else []
     for stages, warpgroups, (cluster, splits) in itertools.product((2, 3, 4, 6), (1, 2, 4), cuts):
         config = DecodeConfig(stages, warpgroups, cluster, splits)
         try:

@@ -6,28 +6,27 @@ g = l // 4 and c = l % 4. Which dim is which column of A is free, if B agrees, a
 its dims of K as they lie: 16 bytes of each 64 (8 of 32). Of V it reads H/8 dims in a row, of four
 tokens; mma i then has dims H/8 g + 2 i as its rows g, and + 2 i + 1 as its rows g + 8.
 
-Codes become f16 without a conversion: an OR puts them into the low bits of 1024 (0x6400), which is
-then 1024 + code. For K the 1024, and half the range of the codes, are taken off the sums at once:
-minus `offset` times the sum of q is what they start with. For V they are taken off each code, which
-is exact in f16.
+Codes become f16 as half_codes says. For K the 1024, and half the range of the codes, are taken off
+the sums at once: minus `offset` times the sum of q is what they start with. For V they are taken
+off each code, which is exact in f16.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from qserve_jax.pallas_kernels import intrinsics as ptx
 from qserve_jax.pallas_kernels.intrinsics import I32
+from qserve_jax.pallas_kernels.paged_attention.half_codes import (
+    MAGIC,
+    OFFSET_4,
+    OFFSET_4_HIGH,
+    OFFSET_8,
+    PAIRS,
+    two_halves,
+)
 
-MAGIC = 0x64006400
 LOW, HIGH = 0x000F000F, 0x00F000F0
-
-
-def halves(value: float) -> int:
-    """A word of twice this number in f16."""
-    return int(np.array([value] * 2, np.float16).view(np.uint32)[0])
 
 
 def row_of_tile(g: I32) -> I32:
@@ -54,7 +53,8 @@ def keys_8(words: Sequence[I32]) -> list[tuple[I32, I32]]:
     """1024 + code."""
     magic = ptx.constant(MAGIC)
     return [
-        (ptx.pick_bytes(word, magic, 0x5150), ptx.pick_bytes(word, magic, 0x5352)) for word in words
+        (ptx.pick_bytes(word, magic, PAIRS[0]), ptx.pick_bytes(word, magic, PAIRS[1]))
+        for word in words
     ]
 
 
@@ -75,8 +75,8 @@ def query_order(bits: int) -> list[tuple[tuple[int, ...], float, float]]:
     offset: what each (magic) code has too much, in the units of q times the factor.
     """
     if bits == 4:
-        return [((0, 4, 2, 6), 1.0, 1032.0), ((1, 5, 3, 7), 1 / 16, 1024.0 + 128.0)]
-    offset = 1152.0 if bits == 8 else 0.0
+        return [((0, 4, 2, 6), 1.0, OFFSET_4), ((1, 5, 3, 7), 1 / 16, 16 * OFFSET_4_HIGH)]
+    offset = OFFSET_8 if bits == 8 else 0.0
     return [((0, 1, 2, 3), 1.0, offset), ((4, 5, 6, 7), 1.0, offset)]
 
 
@@ -85,27 +85,27 @@ def query_order(bits: int) -> list[tuple[tuple[int, ...], float, float]]:
 
 def values_4(first: Sequence[I32], second: Sequence[I32]) -> list[I32]:
     """code - 8, exactly."""
-    minus_1032, minus_72 = ptx.constant(halves(-1032)), ptx.constant(halves(-72))
-    sixteenth = ptx.constant(halves(1 / 16))
+    minus, minus_high = (ptx.constant(two_halves(-x)) for x in (OFFSET_4, OFFSET_4_HIGH))
+    sixteenth = ptx.constant(two_halves(1 / 16))
     out = []
     for a, b in zip(first, second, strict=True):
         for selector in (0x5410, 0x7632):
             four = ptx.pick_bytes(a, b, selector)  # dims 0..3 of each token
             for word in (four, four >> 8):
                 even, odd = (ptx.masked_or(word, mask, MAGIC) for mask in (LOW, HIGH))
-                out.append(ptx.add_halves(even, minus_1032))
-                out.append(ptx.multiply_add_halves(odd, sixteenth, minus_72))
+                out.append(ptx.add_halves(even, minus))
+                out.append(ptx.multiply_add_halves(odd, sixteenth, minus_high))
     return out
 
 
 def values_8(first: Sequence[I32], second: Sequence[I32]) -> list[I32]:
     """code - 128, exactly."""
-    magic, minus = ptx.constant(MAGIC), ptx.constant(halves(-1152))
+    magic, minus = ptx.constant(MAGIC), ptx.constant(two_halves(-OFFSET_8))
     out = []
     for a, b in zip(first, second, strict=True):
         for selector in (0x5140, 0x7362):
             two = ptx.pick_bytes(a, b, selector)  # dim 0 of each token, dim 1 of each
-            for pair in (0x5150, 0x5352):
+            for pair in PAIRS:
                 out.append(ptx.add_halves(ptx.pick_bytes(two, magic, pair), minus))
     return out
 

@@ -1,8 +1,8 @@
 """How decode attention is cut into blocks; decode_rules chooses.
 
 A worker is a warpgroup with a ring of pages of its own. The workers of a (row, KV head) take its
-pages in turn: `warpgroups` in a block, `cluster` blocks that add up in each other's shared memory
-(Hopper), `splits` clusters, or blocks, that add up through memory in a second step.
+pages in turn: `warpgroups` in a block, and either `cluster` blocks that add up in each other's
+shared memory (Hopper), or `splits` blocks that add up through memory in a second step.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import functools
 from qserve_jax.pallas_kernels.backend import default_device
 from qserve_jax.pallas_kernels.paged_attention.decode_problem import COLUMNS, Problem
 
-SMS = 132
-"""Of the GPU that all is cut for. Others are filled as well, or nearly."""
 SHARED_LIMIT = 232_448
 """Bytes of a block on Hopper."""
 
@@ -59,6 +57,7 @@ def check_config(p: Problem, config: DecodeConfig) -> None:
         (config.warpgroups not in (1, 2, 4), "warpgroups must be 1, 2 or 4"),
         (config.cluster not in (1, 2, 4, 8), "cluster must be 1, 2, 4 or 8"),
         (config.splits < 1, "splits must be at least 1"),
+        (config.cluster > 1 < config.splits, "a cluster has no splits: leave one of the two at 1"),
         (size > limit, f"takes {size} bytes of shared memory, at most {limit}"),
     ):
         if wrong:
@@ -82,7 +81,7 @@ class SharedMemory:
 
 
 def shared_memory(p: Problem, config: DecodeConfig) -> SharedMemory:
-    return _shared_memory(p.head_dim, p.block_bytes, config)
+    return _shared_memory(p.head_dim, p.page.block_bytes, config)
 
 
 @functools.cache

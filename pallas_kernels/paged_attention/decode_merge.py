@@ -1,4 +1,4 @@
-"""After the pages: the sums of warps, of blocks of a cluster and of splits become the output.
+"""After the pages: the sums of warps, of blocks of a cluster or of splits become the output.
 
 Sums relative to different powers of two are added after a rescaling, in a fixed order, so that
 launches repeat bit for bit.
@@ -37,7 +37,7 @@ def merge(p: Problem, config: DecodeConfig, t: Thread, state: State) -> None:
         if config.alone:
             _store_output(p, t, head, first, sums, total)
         elif config.cluster == 1:
-            _store_partial(p, t, head, first, sums, _top_of_block(t, head), total)
+            _store_partial(p, t, head, first, sums, total)
         else:
             target = t.shared + t.memory.block + head * (4 * p.head_dim) + first * 4
             _store_shared_floats(target, sums)
@@ -142,10 +142,6 @@ def _add_warps(
     return sums, total
 
 
-def _top_of_block(t: Thread, head: I32) -> F32:
-    return ptx.load_shared(t.shared + t.memory.block_tops + head * 8, kind=F32)[0]
-
-
 # Of a cluster
 
 
@@ -156,17 +152,14 @@ def _add_cluster(p: Problem, config: DecodeConfig, t: Thread) -> None:
         item = t.index + start
         with ptx.when(item < t.block_heads * pairs):
             head, first = item // pairs, (item % pairs + t.rank * pairs) * 2
-            sums, top, total = _cluster_pair(p, config, t, head, first)
-            if config.splits > 1:
-                _store_partial(p, t, head, first, sums, top, total)
-            else:
-                _store_output(p, t, head, first, sums, total)
+            sums, total = _cluster_pair(p, config, t, head, first)
+            _store_output(p, t, head, first, sums, total)
 
 
 def _cluster_pair(
     p: Problem, config: DecodeConfig, t: Thread, head: I32, first: I32
-) -> tuple[list[F32], F32, F32]:
-    """Two dims of a head over the blocks: sums, relative to 2**top, top and the total."""
+) -> tuple[list[F32], F32]:
+    """Two dims of a head, and its total, over the blocks."""
     tops, values = [], []
     for rank in range(config.cluster):
         there = ptx.address_in_block(t.shared + t.memory.block_tops + head * 8, rank)
@@ -179,16 +172,17 @@ def _cluster_pair(
         factor = ptx.exp2(top - best)
         total = ptx.multiply_add(factor, part, total)
         sums = [ptx.multiply_add(factor, v, s) for v, s in zip(pair, sums, strict=True)]
-    return sums, best, total
+    return sums, total
 
 
 # Of splits
 
 
 def _store_partial(
-    p: Problem, t: Thread, head: I32, first: I32, sums: list[F32], top: F32, total: F32
+    p: Problem, t: Thread, head: I32, first: I32, sums: list[F32], total: F32
 ) -> None:
     """To the workspace f32[splits, B, N, H + PARTIAL_EXTRA]."""
+    top = ptx.load_shared(t.shared + t.memory.block_tops + head * 8, kind=F32)[0]
     row = (t.split * p.rows + t.row) * p.heads + t.first_head + head
     target = t.gmem["out"].advance(row, 4 * (p.head_dim + PARTIAL_EXTRA))
     ptx.store_words(target.advance(first, 4), [ptx.float_bits(s) for s in sums])

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from qserve_jax.pallas_kernels import intrinsics as ptx
 from qserve_jax.pallas_kernels.intrinsics import F32, I32, Predicate
 from qserve_jax.pallas_kernels.paged_attention import decode_codes as codes
-from qserve_jax.pallas_kernels.paged_attention.decode_problem import PAGE, Problem
+from qserve_jax.pallas_kernels.paged_attention.decode_problem import Problem
 from qserve_jax.pallas_kernels.paged_attention.decode_query import LIFT, Query, State, finish_score
-from qserve_jax.pallas_kernels.paged_attention.decode_thread import Thread
+from qserve_jax.pallas_kernels.paged_attention.decode_thread import Thread, Work
+from qserve_jax.pallas_kernels.paged_attention.problem import PAGE
 
 MARGIN = 4.0
 
@@ -25,7 +26,7 @@ class Lane:
     """Offsets within a page's block of what a lane reads."""
 
     def __init__(self, p: Problem, t: Thread):
-        side, first = p.side_bytes, t.quarter * 16
+        side, first = p.page.side_bytes, t.quarter * 16
         self.row = first + codes.row_of_tile(t.g)  # and 8 further: its rows of the scores
         pair = t.c * 2
         self.columns = [first + codes.row_of_tile(pair + i) for i in range(2)]  # and 8 further
@@ -43,10 +44,10 @@ class Seen:
     columns: list[list[Predicate]]
 
 
-def seen_tokens(p: Problem, t: Thread, lane: Lane, i: I32, exists: Predicate) -> Seen:
+def seen_tokens(p: Problem, t: Thread, work: Work, lane: Lane, i: I32, exists: Predicate) -> Seen:
     """Of the worker's i-th page; none where its id is outside the cache."""
     start = (t.first_page + t.worker + i * t.workers) * PAGE
-    left = ptx.select(exists, t.last - start, 0)  # tokens from the page's start
+    left = ptx.select(exists, work.end - start, 0)  # tokens from the page's start
     before = t.first - start
 
     def seen(token: I32) -> Predicate:
@@ -61,13 +62,14 @@ def seen_tokens(p: Problem, t: Thread, lane: Lane, i: I32, exists: Predicate) ->
 
 def load_keys(p: Problem, lane: Lane, block: I32) -> list[list[I32]]:
     """The lane's words of K of its two tokens."""
-    size = min(4, p.side_bytes // 16)
-    starts = range(0, p.side_bytes, 16 * size)
+    side = p.page.side_bytes
+    size = min(4, side // 16)
+    starts = range(0, side, 16 * size)
     return [
         [
             word
             for start in starts
-            for word in ptx.load_shared(block + lane.keys, 8 * p.side_bytes * j + start, count=size)
+            for word in ptx.load_shared(block + lane.keys, 8 * side * j + start, count=size)
         ]
         for j in range(2)
     ]
@@ -75,29 +77,29 @@ def load_keys(p: Problem, lane: Lane, block: I32) -> list[list[I32]]:
 
 def load_scales(p: Problem, lane: Lane, block: I32) -> list[list[I32]]:
     """(sk, ck) and (sv, cv) of the lane's two tokens."""
-    offset = 2 * PAGE * p.side_bytes
     return [
-        ptx.load_shared(block + lane.scales, offset + 64 * j, count=2)
+        ptx.load_shared(block + lane.scales, p.page.scales_at + 64 * j, count=2)
         for j in range(0 if p.bits == 16 else 2)
     ]
 
 
 def load_values(p: Problem, lane: Lane, block: I32) -> list[list[list[list[I32]]]]:
     """[piece][two tokens | those 8 further][first, second]: up to four words of V."""
-    size = min(4, p.side_bytes // 32)
+    side = p.page.side_bytes
+    size = min(4, side // 32)
     return [
         [
             [
                 ptx.load_shared(
                     block + values,
-                    (PAGE + 8 * j) * p.side_bytes + 4 * start,
+                    p.page.values_at + 8 * side * j + 4 * start,
                     count=size,
                 )
                 for values in lane.values
             ]
             for j in range(2)
         ]
-        for start in range(0, p.side_bytes // 32, size)
+        for start in range(0, side // 32, size)
     ]
 
 

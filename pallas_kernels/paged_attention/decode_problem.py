@@ -1,68 +1,40 @@
-"""What a decode attention kernel knows when it is built, its operands, and what is refused."""
+"""What a decode attention kernel knows besides, its operands, and what is refused."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any
 
 import jax.numpy as jnp
 
+from qserve_jax.pallas_kernels.paged_attention.problem import (
+    HALVES,
+    HEAD_DIMS,
+    PAGE,
+    AttentionProblem,
+    refuse,
+)
 from qserve_jax.quantization.qtensor import Array, KVCache
 
-FLOATS = ("bfloat16", "float16", "float32")
-HALVES = ("bfloat16", "float16")
-PAGE = 64
-"""Tokens a page: each of the four warps of a warpgroup takes 16, the rows of one mma."""
-HEAD_DIMS = (64, 128)
+FLOATS = (*HALVES, "float32")
 COLUMNS = 8
-"""Query heads of a KV head that a block takes, the columns of one mma."""
-LOG2E = math.log2(math.e)
+"""Query heads of a KV head that a block takes, the columns of one mma; each of the four warps of a
+warpgroup takes 16 tokens of a page, the rows."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
-    """Sizes and choices. B rows, N query heads, K KV heads, H head_dim.
+class Problem(AttentionProblem):
+    """new: the type of new_k and new_v, None where nothing is attended unquantised. ordered:
+    whether rows come in a given order."""
 
-    stored: the type of a 16-bit cache. new: of new_k and new_v, None where nothing is attended
-    unquantised. width: pages of the block table. ordered: whether rows come in a given order.
-    """
-
-    rows: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    bits: int
-    stored: str
-    num_pages: int
-    layers: int | None
-    width: int
     q_dtype: str
     new: str | None
     ordered: bool
-    sm_scale: float
-    window: int | None
     softcap: float | None
-
-    @property
-    def group(self) -> int:
-        """Query heads of a KV head (G)."""
-        return self.heads // self.kv_heads
 
     @property
     def head_blocks(self) -> int:
         """Blocks that a row takes, before it is split: a KV head and up to 8 of its queries."""
         return self.kv_heads * -(-self.group // COLUMNS)
-
-    @property
-    def side_bytes(self) -> int:
-        """Of K or V of one token."""
-        return self.head_dim * self.bits // 8
-
-    @property
-    def block_bytes(self) -> int:
-        """Of one page of one KV head, K, V and scales."""
-        return PAGE * (2 * self.side_bytes + (0 if self.bits == 16 else 8))
 
     @property
     def mma_dtype(self) -> str:
@@ -77,7 +49,7 @@ class Problem:
     @property
     def score_factor(self) -> float:
         """From q @ k to what exp2 takes; under a softcap to 2 log2(e) x of tanh(x)."""
-        return self.sm_scale * LOG2E * (1 if self.softcap is None else 2 / self.softcap)
+        return super().score_factor * (1 if self.softcap is None else 2 / self.softcap)
 
 
 def gather(
@@ -105,14 +77,14 @@ def gather(
     b, t, n, h = q.shape
     stored, full = cache.pages.dtype.name, attends == "full"
     new = new_k.dtype.name if full and new_k is not None else None
-    _refuse(backend, f"{t} new tokens a row", t == 1, "one: use backend='reference' or None")
-    _refuse(backend, f"pages of {cache.page_size} tokens", cache.page_size == PAGE, f"{PAGE}")
-    _refuse(backend, f"a head_dim of {h}", h in HEAD_DIMS, f"one of {HEAD_DIMS}")
-    _refuse(backend, f"q of {q.dtype}", q.dtype.name in FLOATS, f"one of {FLOATS}")
-    _refuse(backend, f"new_k of {new}", new in (None, *FLOATS), f"one of {FLOATS}")
+    refuse(backend, f"{t} new tokens a row", t == 1, "one: use backend='reference' or None")
+    refuse(backend, f"pages of {cache.page_size} tokens", cache.page_size == PAGE, f"{PAGE}")
+    refuse(backend, f"a head_dim of {h}", h in HEAD_DIMS, f"one of {HEAD_DIMS}")
+    refuse(backend, f"q of {q.dtype}", q.dtype.name in FLOATS, f"one of {FLOATS}")
+    refuse(backend, f"new_k of {new}", new in (None, *FLOATS), f"one of {FLOATS}")
     is_half = cache.bits != 16 or stored in HALVES
-    _refuse(backend, f"a 16-bit cache of {stored}", is_half, f"one of {HALVES}")
-    _refuse(backend, "a cache without pages", cache.num_pages > 0, "at least 1")
+    refuse(backend, f"a 16-bit cache of {stored}", is_half, f"one of {HALVES}")
+    refuse(backend, "a cache without pages", cache.num_pages > 0, "at least 1")
     if block_table.shape[1] == 0:
         block_table = jnp.full((b, 1), -1, jnp.int32)
     operands = {
@@ -146,8 +118,3 @@ def gather(
         softcap=softcap,
     )
     return problem, operands
-
-
-def _refuse(backend: str, found: str, fits: bool, needs: Any) -> None:
-    if not fits:
-        raise NotImplementedError(f"{backend}: {found}, but the kernel takes {needs}")

@@ -8,11 +8,10 @@ from typing import Any
 from qserve_jax.pallas_kernels import intrinsics as ptx
 from qserve_jax.pallas_kernels.intrinsics import F32, I32
 from qserve_jax.pallas_kernels.paged_attention import decode_codes as codes
-from qserve_jax.pallas_kernels.paged_attention.decode_problem import COLUMNS, LOG2E, Problem
-from qserve_jax.pallas_kernels.paged_attention.decode_thread import Thread
+from qserve_jax.pallas_kernels.paged_attention.decode_problem import COLUMNS, Problem
+from qserve_jax.pallas_kernels.paged_attention.decode_thread import Thread, Work
+from qserve_jax.pallas_kernels.paged_attention.problem import LOG2E, LOWEST
 
-LOWEST = -1e30
-"""A maximum of nothing: exp2 of two of them apart is 1, which -inf would make NaN."""
 LIFT = {4: 5.0, 8: 9.0, 16: 9.0}
 """log2 of the largest weight when top was last set. f16 has 16 bits above 1 and 14 below: weights
 times V's scales, (max - min) / (2**bits - 1), are to be in the middle, the small ones too."""
@@ -48,7 +47,8 @@ class State:
     """Sums over the tokens so far of this warp, relative to 2**top; total and centre of this lane.
 
     acc: of mma i over V, see decode_codes; of columns 2 c and 2 c + 1. top, total, centre: for
-    these two columns the exponent, the sum of the weights, and of weights times V's centres.
+    these two columns the exponent (for FlashAttention's m), the sum of the weights (l), and of
+    weights times V's centres.
     """
 
     acc: list[F32]
@@ -74,19 +74,20 @@ def load_row(ref: ptx.Address, index: I32, first: I32, count: int, h: int, dtype
 def ask_query(p: Problem, t: Thread) -> list[list[I32]]:
     """Lane (g, c): of the query of column g the dims that it reads of K, in the same order."""
     row = t.row * p.heads + t.head_of_column(t.g)
-    dims = min(16, p.side_bytes // 4) * 8 // p.bits  # of the bytes of K that a lane reads at once
+    at_once = min(16, p.page.side_bytes // 4)  # bytes of K that a lane reads
+    dims = at_once * 8 // p.bits
     return [
         load_row(t.gmem["q"], row, t.c * dims + start, dims, p.head_dim, p.q_dtype)
         for start in range(0, p.head_dim, 4 * dims)
     ]
 
 
-def make_query(p: Problem, t: Thread, asked: list[list[I32]]) -> Query:
+def make_query(p: Problem, t: Thread, work: Work, asked: list[list[I32]]) -> Query:
     """Of what `ask_query` has loaded, where the worker has pages: behind a branch, ptxas leaves it
     after the copies, which should not wait for it."""
     count = p.head_dim // 4 * (2 if p.splits_query else 1)
     nothing = [*[ptx.constant(0)] * (count // 2), *[ptx.constant_float(0)] * 4]
-    made = ptx.branch_values(t.pages > 0, nothing, lambda: _query(p, t, asked).registers())
+    made = ptx.branch_values(work.count > 0, nothing, lambda: _query(p, t, asked).registers())
     return Query.of(p, made)
 
 
@@ -162,13 +163,13 @@ def _size(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
 
 
-def start_state(p: Problem, t: Thread, asked: list[I32]) -> State:
+def start_state(p: Problem, t: Thread, work: Work, asked: list[I32]) -> State:
     """Nothing; in the first warp of the first worker the new token, where it is to be seen."""
     zero, lowest = ptx.constant_float(0), ptx.constant_float(LOWEST)
     empty = State([zero] * (p.head_dim // 4), [lowest] * 2, [zero] * 2, [zero] * 2)
-    if p.new is None:
+    if work.has_new is None:
         return empty
-    mine = t.has_new & t.worker.is_(0) & t.quarter.is_(0)
+    mine = work.has_new & t.worker.is_(0) & t.quarter.is_(0)
     found = ptx.branch_values(mine, empty.registers(), lambda: _new_token(p, t, asked).registers())
     return State.of(found)
 

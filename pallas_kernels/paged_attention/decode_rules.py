@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from qserve_jax.pallas_kernels.paged_attention.decode_config import (
-    SMS,
     DecodeConfig,
     shared_limit,
     shared_memory,
 )
-from qserve_jax.pallas_kernels.paged_attention.decode_problem import PAGE, Problem
+from qserve_jax.pallas_kernels.paged_attention.decode_problem import Problem
+from qserve_jax.pallas_kernels.paged_attention.problem import PAGE, SMS
 
 FEW_BLOCKS = 2 * SMS
 """With fewer (row, KV head) than this a row is worth splitting."""
@@ -28,7 +28,7 @@ UNEVEN_PAGES = 32
 
 def choose_config(p: Problem, *, clusters: bool) -> DecodeConfig:
     """clusters: whether the GPU has them."""
-    stages = min(6, max(3, round(RING_BYTES / p.block_bytes)))
+    stages = min(6, max(3, round(RING_BYTES / p.page.block_bytes)))
     pages = p.width if p.window is None else min(p.width, -(-p.window // PAGE) + 1)
     blocks = p.rows * p.head_blocks
     cluster, splits = _spread(max(1, SMS // max(blocks, 1)), pages, clusters)

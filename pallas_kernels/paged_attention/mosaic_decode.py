@@ -17,7 +17,6 @@ from qserve_jax.pallas_kernels import intrinsics as ptx
 from qserve_jax.pallas_kernels.intrinsics import I32
 from qserve_jax.pallas_kernels.paged_attention import decode_page as page
 from qserve_jax.pallas_kernels.paged_attention.decode_config import (
-    SMS,
     DecodeConfig,
     check_config,
     shared_memory,
@@ -29,6 +28,7 @@ from qserve_jax.pallas_kernels.paged_attention.decode_merge import (
 )
 from qserve_jax.pallas_kernels.paged_attention.decode_problem import Problem, gather
 from qserve_jax.pallas_kernels.paged_attention.decode_query import (
+    Query,
     State,
     ask_new_token,
     ask_query,
@@ -36,28 +36,36 @@ from qserve_jax.pallas_kernels.paged_attention.decode_query import (
     start_state,
 )
 from qserve_jax.pallas_kernels.paged_attention.decode_rules import choose_config
-from qserve_jax.pallas_kernels.paged_attention.decode_thread import Thread
+from qserve_jax.pallas_kernels.paged_attention.decode_thread import (
+    Thread,
+    Work,
+    find_work,
+    is_page,
+    thread_of,
+)
+from qserve_jax.pallas_kernels.paged_attention.problem import SMS
 from qserve_jax.quantization.qtensor import Array
 
 
 class Copies(Protocol):
     """How a worker's ring is filled."""
 
-    def prepare(self) -> I32:
-        """What can be done before lengths have come -> the id of the worker's first page."""
+    def prepare(self) -> tuple[I32, I32]:
+        """What can be done before lengths have come -> the ids of the worker's first page, and of
+        the first that this thread copies."""
         ...
 
-    def start(self) -> None:
-        """The first pages are on their way."""
+    def start(self, work: Work, mine: I32) -> None:
+        """The first pages are on their way. mine: the second id of `prepare`."""
 
-    def wait(self, i: I32, slot: I32, parity: I32) -> I32:
+    def wait(self, work: Work, i: I32, slot: I32, parity: I32) -> I32:
         """Until the i-th page has come, in this slot -> its address."""
         ...
 
     def release(self, slot: I32) -> None:
         """This warp has read the slot."""
 
-    def refill(self, i: I32, slot: I32, parity: I32, later: I32) -> None:
+    def refill(self, work: Work, i: I32, slot: I32, parity: I32, later: I32) -> None:
         """Ask for page i + stages, whose id is `later`, when the slot is free."""
 
 
@@ -112,21 +120,28 @@ def _body(
 ) -> None:
     """The kernel. refs: the operands called `names`, the output, shared memory (and barriers)."""
     operands, (out, shared, *barriers) = refs[: len(names)], refs[len(names) :]
-    t = Thread(p, config, dict(zip(names, operands, strict=True)) | {"out": out}, shared)
+    t = thread_of(p, config, dict(zip(names, operands, strict=True)) | {"out": out}, shared)
     copies = make_copies(p, config, t, barriers)
     asked, new = ask_query(p, t), ask_new_token(p, t)
-    first = copies.prepare()
-    t.find_pages(p)  # the first statement that waits for memory
-    copies.start()
-    query = make_query(p, t, asked)
+    first, mine = copies.prepare()
+    work = find_work(p, t)
+    copies.start(work, mine)
+    query = make_query(p, t, work, asked)
     ptx.sync_block(config.threads)  # barriers are initialised
-    state = start_state(p, t, new)  # one warp's: the others need not wait for it
-    state = _main_loop(p, config, t, copies, query, state, first)
+    state = start_state(p, t, work, new)  # one warp's: the others need not wait for it
+    state = _main_loop(p, config, t, work, copies, query, state, first)
     merge(p, config, t.again(p, config), state)
 
 
 def _main_loop(
-    p: Problem, config: DecodeConfig, t: Thread, copies: Copies, query, state: State, first: I32
+    p: Problem,
+    config: DecodeConfig,
+    t: Thread,
+    work: Work,
+    copies: Copies,
+    query: Query,
+    state: State,
+    first: I32,
 ) -> State:
     """first: the id of the worker's first page. Whether a page exists is asked a page ahead."""
     lane = page.Lane(p, t)
@@ -135,13 +150,13 @@ def _main_loop(
     def step(i: I32, carry: list[Any]) -> list[Any]:
         *registers, slot, parity, exists = carry
         state = State.of(registers)
-        block = copies.wait(i, slot, parity)
+        block = copies.wait(work, i, slot, parity)
         keys, words = page.load_keys(p, lane, block), page.load_scales(p, lane, block)
         values = page.load_values(p, lane, block) if early else None
         if early:
             copies.release(slot)
         following, later = t.page_id(p, i + 1), t.page_id(p, i + config.stages)
-        seen = page.seen_tokens(p, t, lane, i, exists)
+        seen = page.seen_tokens(p, t, work, lane, i, exists)
         products = page.key_products(p, query, keys)
         key_scales, value_scales = page.unpack_scales(p, words, seen)
         score = functools.partial(page.scores, p, query, products, key_scales, seen)
@@ -154,14 +169,14 @@ def _main_loop(
             copies.release(slot)
         for piece, part in enumerate(values):
             page.add_values(p, state.acc, piece, part, seen, fragments)
-        copies.refill(i, slot, parity, later)
+        copies.refill(work, i, slot, parity, later)
         last = slot.is_(config.stages - 1)
         return [
             *state.registers(),
             ptx.select(last, 0, slot + 1),
             ptx.select(last, parity ^ 1, parity),
-            t.is_page(p, following),
+            is_page(p, following),
         ]
 
-    start = [*state.registers(), ptx.constant(0), ptx.constant(0), t.is_page(p, first)]
-    return State.of(ptx.loop(t.pages, start, step)[:-3])
+    start = [*state.registers(), ptx.constant(0), ptx.constant(0), is_page(p, first)]
+    return State.of(ptx.loop(work.count, start, step)[:-3])

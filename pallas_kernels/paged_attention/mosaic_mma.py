@@ -12,8 +12,8 @@ from qserve_jax.pallas_kernels import intrinsics as ptx
 from qserve_jax.pallas_kernels.intrinsics import I32
 from qserve_jax.pallas_kernels.paged_attention import mosaic_decode
 from qserve_jax.pallas_kernels.paged_attention.decode_config import DecodeConfig
-from qserve_jax.pallas_kernels.paged_attention.decode_problem import PAGE, Problem
-from qserve_jax.pallas_kernels.paged_attention.decode_thread import Thread
+from qserve_jax.pallas_kernels.paged_attention.decode_problem import Problem
+from qserve_jax.pallas_kernels.paged_attention.decode_thread import Thread, Work
 
 
 class ThreadCopies:
@@ -24,15 +24,15 @@ class ThreadCopies:
     def __init__(self, p: Problem, config: DecodeConfig, t: Thread, barriers: list[Any]):
         self.p, self.t, self.stages = p, t, config.stages
 
-    def _copy(self, slot: I32, i: I32, page: I32) -> None:
+    def _copy(self, work: Work, slot: I32, i: I32, page: I32) -> None:
         """The warp's tokens of K and V, their scales, if there is such a page; a group anyway."""
         p, t = self.p, self.t
-        with ptx.when(i < t.pages):
-            source = t.page_source(p, page)
-            target = t.ring + slot * p.block_bytes
-            part = 16 * p.side_bytes  # of K or V
+        with ptx.when(i < work.count):
+            source = work.source(p, page)
+            target = t.ring + slot * p.page.block_bytes
+            part = 16 * p.page.side_bytes  # of K or V
             for side in range(2):
-                first = t.quarter * part + t.lane * 16 + side * PAGE * p.side_bytes
+                first = t.quarter * part + t.lane * 16 + side * p.page.values_at
                 for offset in range(0, part, 512):
                     ptx.copy_16_bytes(
                         target + first,
@@ -41,30 +41,31 @@ class ThreadCopies:
                         source_offset=offset,
                     )
             if p.bits != 16:
-                first = t.quarter * 128 + t.lane * 16 + 2 * PAGE * p.side_bytes
+                first = t.quarter * 128 + t.lane * 16 + p.page.scales_at
                 with ptx.when(t.lane < 8):
                     ptx.copy_16_bytes(target + first, source.advance(first, 1))
         ptx.commit_copies()
 
-    def prepare(self) -> I32:
-        return self.t.page_id(self.p, 0)
+    def prepare(self) -> tuple[I32, I32]:
+        first = self.t.page_id(self.p, 0)
+        return first, first
 
-    def start(self) -> None:
+    def start(self, work: Work, mine: I32) -> None:
         for i in range(self.stages - 1):
-            self._copy(ptx.constant(i), ptx.constant(i), self.t.page_id(self.p, i))
+            self._copy(work, ptx.constant(i), ptx.constant(i), self.t.page_id(self.p, i))
 
-    def wait(self, i: I32, slot: I32, parity: I32) -> I32:
+    def wait(self, work: Work, i: I32, slot: I32, parity: I32) -> I32:
         later = self.t.page_id(self.p, i + (self.stages - 1))  # on its way before the wait
         ptx.wait_copies(self.stages - 2)
         ptx.sync_warp()
         previous = ptx.select(slot.is_(0), self.stages - 1, slot - 1)
-        self._copy(previous, i + (self.stages - 1), later)
-        return self.t.ring + slot * self.p.block_bytes
+        self._copy(work, previous, i + (self.stages - 1), later)
+        return self.t.ring + slot * self.p.page.block_bytes
 
     def release(self, slot: I32) -> None:
         """The next barrier of the warp says it."""
 
-    def refill(self, i: I32, slot: I32, parity: I32, later: I32) -> None:
+    def refill(self, work: Work, i: I32, slot: I32, parity: I32, later: I32) -> None:
         """`wait` has done it, for the slot before."""
 
 

@@ -10,7 +10,7 @@ from qserve_jax.pallas_kernels.intrinsics import I32
 from qserve_jax.pallas_kernels.paged_attention import mosaic_decode
 from qserve_jax.pallas_kernels.paged_attention.decode_config import DecodeConfig
 from qserve_jax.pallas_kernels.paged_attention.decode_problem import Problem
-from qserve_jax.pallas_kernels.paged_attention.decode_thread import Thread
+from qserve_jax.pallas_kernels.paged_attention.decode_thread import Thread, Work
 
 
 class BulkCopies:
@@ -21,8 +21,8 @@ class BulkCopies:
         self.p, self.t, self.stages = p, t, config.stages
         (ref,) = barriers
         self.barriers = ptx.shared_address(ref) + t.warpgroup * (16 * config.stages)
-        self.mine = t.index & 127
-        self.copies = self.mine.is_(0)
+        self.thread = t.index & 127
+        self.copies = self.thread.is_(0)
 
     def _full(self, slot: I32) -> I32:
         return self.barriers + slot * 8
@@ -30,29 +30,29 @@ class BulkCopies:
     def _empty(self, slot: I32) -> I32:
         return self.barriers + slot * 8 + 8 * self.stages
 
-    def _copy(self, slot: I32, page: I32) -> None:
-        size = self.p.block_bytes
+    def _copy(self, work: Work, slot: I32, page: I32) -> None:
+        size = self.p.page.block_bytes
         ptx.expect_bytes(self._full(slot), size)
         target = self.t.ring + slot * size
-        ptx.copy_to_shared(target, self.t.page_source(self.p, page), size, self._full(slot))
+        ptx.copy_to_shared(target, work.source(self.p, page), size, self._full(slot))
 
-    def prepare(self) -> I32:
-        self.page = self.t.page_id(self.p, ptx.minimum(self.t.lane, self.stages - 1))
+    def prepare(self) -> tuple[I32, I32]:
+        page = self.t.page_id(self.p, ptx.minimum(self.t.lane, self.stages - 1))
         with ptx.when(self.copies):
             for slot in map(ptx.constant, range(self.stages)):
                 ptx.init_barrier(self._full(slot), arrivals=1)
                 ptx.init_barrier(self._empty(slot), arrivals=4)
             ptx.publish_barriers()
         ptx.sync_warp()
-        return ptx.value_of_lane(self.page, 0)
+        return ptx.value_of_lane(page, 0), page
 
-    def start(self) -> None:
-        with ptx.when((self.mine < self.stages) & (self.mine < self.t.pages)):
-            self._copy(self.mine, self.page)
+    def start(self, work: Work, mine: I32) -> None:
+        with ptx.when((self.thread < self.stages) & (self.thread < work.count)):
+            self._copy(work, self.thread, mine)
 
-    def wait(self, i: I32, slot: I32, parity: I32) -> I32:
+    def wait(self, work: Work, i: I32, slot: I32, parity: I32) -> I32:
         ptx.wait(self._full(slot), parity)
-        return self.t.ring + slot * self.p.block_bytes
+        return self.t.ring + slot * self.p.page.block_bytes
 
     def release(self, slot: I32) -> None:
         ptx.fence_reads()
@@ -60,10 +60,10 @@ class BulkCopies:
         with ptx.when(self.t.lane.is_(0)):
             ptx.arrive(self._empty(slot))
 
-    def refill(self, i: I32, slot: I32, parity: I32, later: I32) -> None:
-        with ptx.when(self.copies & (i + self.stages < self.t.pages)):
+    def refill(self, work: Work, i: I32, slot: I32, parity: I32, later: I32) -> None:
+        with ptx.when(self.copies & (i + self.stages < work.count)):
             ptx.wait(self._empty(slot), parity)
-            self._copy(slot, later)
+            self._copy(work, slot, later)
 
 
 decode = functools.partial(

@@ -15,11 +15,11 @@ from qserve_jax.pallas_kernels import intrinsics as ptx
 from qserve_jax.pallas_kernels.intrinsics import F32, I32, Address
 from qserve_jax.pallas_kernels.paged_attention.prefill_problem import (
     MARGIN,
-    MINUS_FAR,
     ROWS,
     TILE,
     Problem,
 )
+from qserve_jax.pallas_kernels.paged_attention.problem import LOWEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,8 @@ def block(p: Problem, index: I32, lens: Address, thread: I32) -> Block:
 
 @dataclasses.dataclass
 class State:
-    """Of the lane's two rows: the largest score, the sum of weights, and of weighted values."""
+    """Of the lane's two rows: the score that weights are relative to (for FlashAttention's m), the
+    sum of weights (l), and of weighted values."""
 
     top: list[F32]
     total: list[F32]
@@ -72,7 +73,7 @@ class State:
 
     @staticmethod
     def start(p: Problem) -> State:
-        top, zero = ptx.constant_float(MINUS_FAR), ptx.constant_float(0)
+        top, zero = ptx.constant_float(LOWEST), ptx.constant_float(0)
         return State([top] * 2, [zero] * 2, [zero] * (p.head_dim // 2))
 
 

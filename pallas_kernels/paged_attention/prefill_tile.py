@@ -12,10 +12,16 @@ from collections.abc import Sequence
 
 from qserve_jax.pallas_kernels import intrinsics as ptx
 from qserve_jax.pallas_kernels.intrinsics import I32, Address, Predicate
+from qserve_jax.pallas_kernels.paged_attention.half_codes import (
+    MAGIC,
+    OFFSET_4,
+    OFFSET_4_HIGH,
+    OFFSET_8,
+    PAIRS,
+    two_halves,
+)
 from qserve_jax.pallas_kernels.paged_attention.prefill_problem import TILE, Problem
 from qserve_jax.pallas_kernels.paged_attention.prefill_rows import Block, count_tiles, first_tile
-
-MAGIC = 0x64006400  # 1024 in both halves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Pages:
     @property
     def chunks(self) -> int:
         """Of 16 bytes that a token has on each side."""
-        return self.p.side_bytes // 16
+        return self.p.page.side_bytes // 16
 
     @property
     def bits(self) -> int:
@@ -63,12 +69,12 @@ class Pages:
         """K, V and, of a quantised page, scales: (sk, ck), (sv, cv)."""
         p = self.p
         index = (self.index + page * self.exists(page)) * p.kv_heads
-        block = self.pages.advance(index, p.block_bytes)
-        k = block.advance(token, p.side_bytes).advance(chunk, 16)
-        words = ptx.load_words(k, 16) + ptx.load_words(k.advance(1, TILE * p.side_bytes), 16)
+        block = self.pages.advance(index, p.page.block_bytes)
+        k = block.advance(token, p.page.side_bytes).advance(chunk, 16)
+        words = ptx.load_words(k, 16) + ptx.load_words(k.advance(1, p.page.values_at), 16)
         if p.bits == 16:
             return words
-        scales = block.advance(1, 2 * TILE * p.side_bytes).advance(token, 8)
+        scales = block.advance(1, p.page.scales_at).advance(token, 8)
         return words + ptx.load_global(scales, count=2)
 
 
@@ -135,7 +141,7 @@ class Sources:
         first = first_tile(p, b.start + b.first)
         count = count_tiles(b, first, ptx.minimum(needed, p.width * TILE))
         table = self.table.advance(b.batch, 4 * p.width)
-        pages = self.pages.advance(b.kv_head, p.block_bytes)
+        pages = self.pages.advance(b.kv_head, p.page.block_bytes)
         return Pages(p, table, pages, self._first_page(), first, count, end)
 
     def _first_page(self) -> I32:
@@ -183,9 +189,9 @@ def _dequantize(bits: int, words: Sequence[I32], scales: I32) -> list[I32]:
 
 
 def _pairs_4(word: I32) -> list[I32]:
-    """A byte's low code into the low bits of 1024, minus 1032; its high code, 16 times as much in
-    the high half's, divided by 16, minus 72."""
-    zero, factors, minus = (ptx.constant(x) for x in (0, 0x2C003C00, 0xD480E408))
+    """A byte's low code in the low half, its high code in the high half, which is divided by 16."""
+    factors, offsets = two_halves(1, 1 / 16), two_halves(-OFFSET_4, -OFFSET_4_HIGH)
+    zero, factors, minus = (ptx.constant(x) for x in (0, factors, offsets))
     pairs = []
     for byte in range(4):
         twice = ptx.pick_bytes(word, zero, 0x4040 | byte | byte << 8)
@@ -195,6 +201,5 @@ def _pairs_4(word: I32) -> list[I32]:
 
 
 def _pairs_8(word: I32) -> list[I32]:
-    """1024 + code, minus 1152."""
-    magic, minus = ptx.constant(MAGIC), ptx.constant(0xE480E480)
-    return [ptx.add_halves(ptx.pick_bytes(word, magic, s), minus) for s in (0x5150, 0x5352)]
+    magic, minus = ptx.constant(MAGIC), ptx.constant(two_halves(-OFFSET_8))
+    return [ptx.add_halves(ptx.pick_bytes(word, magic, pair), minus) for pair in PAIRS]

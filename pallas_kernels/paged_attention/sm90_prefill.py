@@ -32,10 +32,10 @@ from qserve_jax.pallas_kernels.intrinsics import F32, I32, Address
 from qserve_jax.pallas_kernels.paged_attention import prefill_rows, prefill_tile
 from qserve_jax.pallas_kernels.paged_attention.prefill_problem import TILE, WARPS, Problem
 from qserve_jax.pallas_kernels.paged_attention.prefill_rows import Block, State
+from qserve_jax.pallas_kernels.paged_attention.problem import SMS
 from qserve_jax.pallas_kernels.paged_attention.sm90_prefill_ring import Ring, fill, shared_bytes
 from qserve_jax.quantization.qtensor import Array
 
-SMS = 132
 THREADS = 32 * (WARPS + 4)
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 120, 192
 """Of a thread: together what 384 threads may begin with, 3 x 168."""

@@ -17,7 +17,10 @@ ROOT = PACKAGE.parent
 CHOOSERS = ("*_rules.py", "tuning.py")
 """Files whose work a row shows in its "config"."""
 NUMBERS = ("numerics", "packing", "qtensor")
-OPS = {"matmul": ("w4a8_matmul",), "attention": ("paged_attention", "append_kv")}
+OPS = {
+    "matmul": ("w4a8_matmul",),
+    "attention": ("paged_attention", "append_kv", "page_layout.py"),
+}
 SHARED = ("pallas_kernels/intrinsics", *(f"quantization/{name}.py" for name in NUMBERS))
 
 

@@ -17,6 +17,7 @@ from qserve_jax.pallas_kernels.paged_attention import (
     decode_codes,
     decode_config,
     decode_rules,
+    half_codes,
     longest_first,
     mosaic_sm90,
 )
@@ -314,6 +315,7 @@ GOOD = DecodeConfig(3, 4, cluster=2)
         ({"warpgroups": 3}, "warpgroups must be 1, 2 or 4"),
         ({"cluster": 16}, "cluster must be 1, 2, 4 or 8"),
         ({"splits": 0}, "splits must be at least 1"),
+        ({"splits": 2}, "a cluster has no splits: leave one of the two at 1"),
         ({"stages": 7}, r"takes \d+ bytes of shared memory, at most 232448"),
     ],
 )
@@ -354,8 +356,9 @@ def test_rows_of_a_tile_are_all_tokens_and_spread_over_the_banks():
 
 
 def test_halves():
-    assert decode_codes.halves(1024) == decode_codes.MAGIC
-    assert np.uint32(decode_codes.halves(-72)).view(np.uint32) == 0xD480D480
+    assert half_codes.MAGIC == 0x64006400
+    assert half_codes.two_halves(-72) == 0xD480D480
+    assert half_codes.two_halves(-1032, -72) == 0xD480E408
 
 
 def test_the_poison_is_nan():

@@ -81,32 +81,31 @@ def emulate(stages, pages, seed, monkeypatch):
             lane=Word(index % 32),
             warpgroup=Word(0),
             ring=Word(BASE),
-            pages=Word(pages),
             page_id=lambda p, i: Word(1000 + i),
-            page_source=lambda p, page: Address(page),
         )
-        p: Any = types.SimpleNamespace(block_bytes=SIZE)
+        work: Any = types.SimpleNamespace(count=Word(pages), source=lambda p, page: Address(page))
+        p: Any = types.SimpleNamespace(page=types.SimpleNamespace(block_bytes=SIZE))
         ring: Any = mosaic_sm90.BulkCopies(p, DecodeConfig(stages), t, [None])
-        first = ring.prepare()
+        first, page = ring.prepare()
         assert index or first == 1000
-        ring.start()
+        ring.start(work, page)
         started.append(index)
         warps.pause(lambda: len(started) == 4 + stages - 1)  # sync_block
-        return t, p, ring
+        return t, p, work, ring
 
     def run(warp):
-        t, p, ring = begin(32 * warp)
+        t, p, work, ring = begin(32 * warp)
         slot, parity = Word(0), Word(0)
         for i in map(Word, range(pages)):
             later = t.page_id(p, i + stages)
-            place = ring.wait(i, slot, parity)
+            place = ring.wait(work, i, slot, parity)
             assert place == BASE + slot * SIZE
             readers[slot] += 1
             seen[warp].append(holds[slot])
             warps.pause()
             readers[slot] -= 1
             ring.release(slot)
-            ring.refill(i, slot, parity, later)
+            ring.refill(work, i, slot, parity, later)
             last = slot == stages - 1
             slot, parity = Word(0 if last else slot + 1), Word(parity ^ 1 if last else parity)
 
@@ -129,9 +128,9 @@ def test_each_warp_reads_each_page_once(stages, pages, monkeypatch):
 def test_a_ring_that_does_not_wait_fails(monkeypatch):
     """So the emulation can: the refill goes where other warps still read."""
 
-    def refill(self, i, slot, parity, later):
-        with mosaic_sm90.ptx.when(self.copies & (i + self.stages < self.t.pages)):
-            self._copy(slot, later)
+    def refill(self, work, i, slot, parity, later):
+        with mosaic_sm90.ptx.when(self.copies & (i + self.stages < work.count)):
+            self._copy(work, slot, later)
 
     monkeypatch.setattr(mosaic_sm90.BulkCopies, "refill", refill)
     failures = 0

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from qserve_jax.pallas_kernels import append_kv, backend, intrinsics, rope_append_kv
-from qserve_jax.pallas_kernels.append_kv import mosaic, reference
+from qserve_jax.pallas_kernels import append_kv, backend, intrinsics, page_layout, rope_append_kv
+from qserve_jax.pallas_kernels.append_kv import codes, mosaic, places, problem, reference
 from qserve_jax.quantization.numerics import quantize_kv
 from qserve_jax.quantization.qtensor import KVCache, kv_bytes_per_token
 from tests.pallas_kernels.lanes import Machine, Memory
@@ -60,17 +60,18 @@ def rotated(x, cos, sin, center=0.0):
 def emulate(qkv, turn, cache, slots, layer, heads, center=None):
     """The kernel's code on twins -> (what it returns but v, as arrays; pages)."""
     turn = [*turn, center] if turn else [None] * 3
-    p = mosaic._problem(qkv, heads, turn, cache, layer)
+    p = problem.problem(qkv, heads, turn, cache, layer)
     turn = [x for x in turn if x is not None]
     inputs = [Memory(x) for x in (*qkv, slots, np.array([layer], np.int32), *turn)]
     pages = Memory(cache.pages)
     rows = functools.partial(np.zeros, dtype=qkv[0].dtype)
     counts = [p.heads] * p.rotate + [p.kv_heads] * (p.rotate + p.fused)
     outs = [Memory(rows((p.tokens, n, p.head_dim)), filled=False) for n in counts]
-    blocks = -(-p.tokens * p.warps // mosaic.WARPS)
-    machine = Machine(range(blocks), 32 * mosaic.WARPS)
+    blocks = -(-p.tokens * p.warps // problem.WARPS)
+    machine = Machine(range(blocks), 32 * problem.WARPS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mosaic, "ptx", machine.namespace())
+        for module in (codes, mosaic, places):
+            patch.setattr(module, "ptx", machine.namespace())
         mosaic._body(p, *inputs, pages, *outs, machine.shared)
     assert all(out.filled.all() for out in outs)
     return [out.array() for out in outs], pages.array()
@@ -167,7 +168,7 @@ def test_the_emulation_notices(rng, monkeypatch):
         patch.setattr(Machine, "exchange", lambda self, value, lanes: value)
         assert (emulate([qkv], turn, cache, slots, 0, 2)[1] != right).any()
     with monkeypatch.context() as patch:
-        patch.setattr(mosaic._Problem, "block_bytes", 2**20)
+        patch.setattr(page_layout.PageLayout, "block_bytes", 2**20)
         with pytest.raises(AssertionError, match="out of bounds"):
             emulate([qkv], turn, cache, slots, 1, 2)
 
@@ -321,7 +322,7 @@ stored = jax.jit(functools.partial(append_kv, layer=1, backend="reference"))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", mosaic.DTYPES)
+@pytest.mark.parametrize("dtype", problem.DTYPES)
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("heads, kv_heads, head_dim", SHAPES)
 def test_on_a_gpu(gpu, heads, kv_heads, head_dim, bits, dtype, rng):

@@ -32,6 +32,7 @@ from qserve_jax.runtime.batch import (
     pad_rows,
     pages_bucket,
     row_bucket,
+    token_counts,
 )
 from qserve_jax.runtime.compile_time import clock
 from qserve_jax.runtime.decode import DecodeState
@@ -281,12 +282,15 @@ class Engine:
         ]
         # Fresh prompts that attend to themselves unquantised read no pages.
         fresh = self.attends == "full" and all(c.start == 0 for c in chunks)
+        counts = None
+        if self._features.penalties:
+            counts = token_counts(chunks, rows=rows, vocab_size=self.model.config.vocab_size)
         state = device_state(
             batch,
             rows=rows,
             columns=self._columns,
             lens=[c.end for c in chunks],
-            vocab_size=self.model.config.vocab_size if self._features.penalties else None,
+            counts=counts,
         )
         promised = [(int(c.samples), int(c.samples)) for c in chunks]
         out = self._call(

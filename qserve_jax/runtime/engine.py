@@ -117,6 +117,7 @@ class Engine:
         self._stepping = False
         self._arrivals: deque[Sequence] = deque()
         self._cancelled: deque[Sequence] = deque()
+        self._watched: set[Sequence] = set()  # those with a listener that have not finished
         self._calls: deque[Call] = deque()
         self._asking = threading.Lock()  # for the status, which any thread may
         self._recent: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
@@ -132,6 +133,7 @@ class Engine:
         self._rows = self._columns = 0
         self._decoding: tuple[list[Sequence], jax.Array, DecodeState] | None = None
         self._step_seconds: float | None = None
+        self._watched.clear()
         if self._live is not None and self._live.counts is not None:
             self._live = None
 
@@ -207,8 +209,11 @@ class Engine:
             self._features = join_features(self._features, features)
             self._columns = max(self._columns, pages_bucket([sequence], self.pool.page_size))
             self.scheduler.waiting.append(sequence)
+            if sequence.listener is not None:
+                self._watched.add(sequence)
         while self._cancelled:
             sequence = self._cancelled.popleft()
+            self._watched.discard(sequence)
             if not sequence.done:
                 sequence.finish_reason = "abort"
                 self.scheduler.drop(sequence)
@@ -268,8 +273,7 @@ class Engine:
 
     def _is_watched(self) -> bool:
         """Whether somebody gets tokens as they come."""
-        scheduler = self.scheduler
-        return any(s.listener for s in (*scheduler.running, *scheduler.waiting))
+        return bool(self._watched)
 
     def _launch_prefill(self, chunks: Seq[Chunk]) -> None:
         launched, batch = clock(), [c.sequence for c in chunks]
@@ -380,14 +384,13 @@ class Engine:
         tokens, finite = out.tokens[row, :count].tolist(), out.finite[row, :count].tolist()
         for step in range(count):
             if not finite[step]:
-                sequence.error = not_finite(sequence, self.params["embed"]["embedding"].dtype)
-                sequence.finish_reason = "error"
+                sequence.fail(not_finite(sequence, self.params["embed"]["embedding"].dtype))
                 break
             logprobs = take_logprobs(out, row, step, sequence.params)
             try:
                 text += sequence.append(tokens[step], logprobs)
             except Exception as error:  # its tokenizer's: nobody else's
-                sequence.error, sequence.finish_reason = error, "error"
+                sequence.fail(error)
             if sequence.done:  # a stop string ends before the device does
                 break
         sequence.first_token_time = sequence.first_token_time or now
@@ -397,6 +400,7 @@ class Engine:
         self.scheduler.share_generated(sequence)
         if sequence.done:
             self.scheduler.drop(sequence)
+            self._watched.discard(sequence)
         if sequence.listener is not None and (sequence.streams or sequence.done):
             wants = sequence.params.logprobs is not None
             sequence.listener(

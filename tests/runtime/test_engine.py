@@ -102,10 +102,11 @@ def test_a_call_that_made_nothing_is_no_measure_of_a_step(exact):
     llm = LLM(exact, max_model_len=64, num_pages=4)
     engine = llm.engine
     (sequence,) = llm.sequences("The cat", None)
+    sequence.listener = print
+    engine.add([sequence])
+    engine._accept()
     call = Call([sequence], [(0, 64)], SampleOutput(jnp.zeros(1), jnp.ones(1)), False, 0.0)
     engine._count(call, 4 * 0.1, np.asarray([4]))
-    sequence.listener = print
-    engine.scheduler.waiting.append(sequence)
     assert engine._most_steps() == 1
     engine._count(call, 1e-4, np.asarray([0]))
     assert engine._most_steps() == 1

@@ -5,6 +5,10 @@ The file: device, jax, commit, versions; rows {"bench", "model", "precision", "g
 null where a case does not fit, and `problem` says why. `gpus` share the model: tokens_per_s is what
 they make together; weights_gib, cache_gib, kv_bytes_per_token and peak_gib are of the fullest one.
 compiled_s: seconds of the timed run that went into compiling, 0 where the warm-up met all shapes.
+prefill_wait_s, decode_wait_s: seconds that the host waited for each kind of call, in the order of
+their launches. That is no measure of either: where a launch blocks, or the host is late, seconds
+count for the call whose results it looks at next. Together they are the run. (`prefill_s` and
+`decode_s` of older rows are the same.)
 peak_gib is that of the process so far: for the peak of one case run that case alone.
 
 A file may be continued at later commits: each row has the "commit" that measured it, and a case of

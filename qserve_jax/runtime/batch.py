@@ -15,7 +15,9 @@ import numpy as np
 from qserve_jax.runtime.decode import DecodeState
 from qserve_jax.runtime.sampling import (
     SamplingFeatures,
+    TokenCounts,
     make_token_counts,
+    penalizes,
     sampling_arrays,
 )
 from qserve_jax.runtime.sampling_params import MAX_LOGPROBS
@@ -94,23 +96,32 @@ def pages_bucket(batch: Iterable[Sequence], page_size: int) -> int:
     return power_of_two(max(-(-s.total_len // page_size) for s in batch), MIN_PAGES_BUCKET)
 
 
+def token_counts(chunks: Seq[Chunk], *, rows: int, vocab_size: int) -> TokenCounts:
+    """What the penalties of each chunk's sequence look at, padded to `rows` rows; nothing where
+    there are none, and nothing for any but a sequence's last chunk, after which it is sampled."""
+    counted = [
+        c.sequence if c.end == c.sequence.goal and penalizes(c.sequence.params) else None
+        for c in chunks
+    ]
+    prompts = [s.prompt if s else [] for s in counted]
+    outputs = [s.tokens if s else [] for s in counted]
+    return make_token_counts(prompts, outputs, vocab_size=vocab_size, pad_to=rows)
+
+
 def device_state(
-    batch: Seq[Sequence], *, rows: int, columns: int, lens: Seq[int], vocab_size: int | None = None
+    batch: Seq[Sequence],
+    *,
+    rows: int,
+    columns: int,
+    lens: Seq[int],
+    counts: TokenCounts | None = None,
 ) -> DecodeState:
     """The batch's state as the host knows it, in numpy arrays (one transfer takes them all to the
     device), padded to `rows` rows and `columns` pages.
 
-    lens: tokens of each in the cache. vocab_size: of the token counts, None for no counts.
+    lens: tokens of each in the cache. counts: of `token_counts`, where penalties are on.
     """
     stops = power_of_two(max(len(s.stop_ids) for s in batch), MIN_STOPS_BUCKET)
-    counts = None
-    if vocab_size is not None:
-        counts = make_token_counts(
-            [s.prompt for s in batch],
-            [s.tokens for s in batch],
-            vocab_size=vocab_size,
-            pad_to=rows,
-        )
     fields: dict[str, Any] = {
         "tokens": pad_column([s.tokens[-1] if s.tokens else 0 for s in batch], rows),
         "context_lens": pad_column(lens, rows),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # how tokenizers decode bytes that are not UTF-8
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's byte fallback
+_CLEANS_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 _LONGEST_WINDOW = 16
 _SHORTEST_WINDOW = 8  # more than the tokens that one character can span
 
@@ -45,6 +47,7 @@ class IncrementalDetokenizer:
             )
         self.stopped: str | None = None  # the stop string that ended the text
         self._tokenizer = tokenizer
+        self._decode_ids = decoder_of(tokenizer)
         self._skip_special_tokens = skip_special_tokens
         self._stop = tuple(stop)
         self._stop_bytes = tuple(string.encode() for string in stop)
@@ -94,9 +97,7 @@ class IncrementalDetokenizer:
         return self._show(self._unsettled(), final=True)
 
     def _decode(self, ids: list[int]) -> str:
-        if self._tokenizer is None:
-            return ""
-        return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
+        return self._decode_ids(ids, skip_special_tokens=self._skip_special_tokens)
 
     def _unsettled(self) -> str:
         return self._decode(self._window)[self._known :]
@@ -144,6 +145,26 @@ class IncrementalDetokenizer:
             pending, self._held = pending[:end], pending[end:]
         self._shown.append(pending)
         return pending
+
+
+def decoder_of(tokenizer: Any | None) -> Callable[..., str]:
+    """`tokenizer.decode`, or what that calls in the end, where it adds nothing but time: most of
+    what text costs the host. It adds something where spaces are cleaned up, or a class or its owner
+    has put another method in its place."""
+    if tokenizer is None:
+        return lambda ids, skip_special_tokens: ""
+    usual = getattr(sys.modules.get("transformers"), "PreTrainedTokenizerFast", None)
+    if usual is None or not isinstance(tokenizer, usual):
+        return tokenizer.decode
+    changed = any(
+        getattr(getattr(tokenizer, name), "__func__", None) is not getattr(usual, name)
+        for name in ("decode", "_decode")
+    )
+    backend = tokenizer.backend_tokenizer
+    cleans = tokenizer.clean_up_tokenization_spaces
+    if type(backend.model).__name__ == "BPE":  # Llama 3 asks for it; transformers 5 knows better
+        cleans = cleans and getattr(tokenizer, _CLEANS_BPE, True)
+    return tokenizer.decode if changed or cleans else backend.decode
 
 
 def _first_stop(text: str, stop: tuple[str, ...]) -> tuple[int, str] | None:

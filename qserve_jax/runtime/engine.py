@@ -32,6 +32,7 @@ from qserve_jax.runtime.batch import (
     pad_rows,
     pages_bucket,
     row_bucket,
+    token_counts,
 )
 from qserve_jax.runtime.compile_time import clock
 from qserve_jax.runtime.decode import DecodeState
@@ -116,6 +117,7 @@ class Engine:
         self._stepping = False
         self._arrivals: deque[Sequence] = deque()
         self._cancelled: deque[Sequence] = deque()
+        self._watched: set[Sequence] = set()  # those with a listener that have not finished
         self._calls: deque[Call] = deque()
         self._asking = threading.Lock()  # for the status, which any thread may
         self._recent: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
@@ -131,6 +133,7 @@ class Engine:
         self._rows = self._columns = 0
         self._decoding: tuple[list[Sequence], jax.Array, DecodeState] | None = None
         self._step_seconds: float | None = None
+        self._watched.clear()
         if self._live is not None and self._live.counts is not None:
             self._live = None
 
@@ -206,8 +209,11 @@ class Engine:
             self._features = join_features(self._features, features)
             self._columns = max(self._columns, pages_bucket([sequence], self.pool.page_size))
             self.scheduler.waiting.append(sequence)
+            if sequence.listener is not None:
+                self._watched.add(sequence)
         while self._cancelled:
             sequence = self._cancelled.popleft()
+            self._watched.discard(sequence)
             if not sequence.done:
                 sequence.finish_reason = "abort"
                 self.scheduler.drop(sequence)
@@ -267,8 +273,7 @@ class Engine:
 
     def _is_watched(self) -> bool:
         """Whether somebody gets tokens as they come."""
-        scheduler = self.scheduler
-        return any(s.listener for s in (*scheduler.running, *scheduler.waiting))
+        return bool(self._watched)
 
     def _launch_prefill(self, chunks: Seq[Chunk]) -> None:
         launched, batch = clock(), [c.sequence for c in chunks]
@@ -281,12 +286,15 @@ class Engine:
         ]
         # Fresh prompts that attend to themselves unquantised read no pages.
         fresh = self.attends == "full" and all(c.start == 0 for c in chunks)
+        counts = None
+        if self._features.penalties:
+            counts = token_counts(chunks, rows=rows, vocab_size=self.model.config.vocab_size)
         state = device_state(
             batch,
             rows=rows,
             columns=self._columns,
             lens=[c.end for c in chunks],
-            vocab_size=self.model.config.vocab_size if self._features.penalties else None,
+            counts=counts,
         )
         promised = [(int(c.samples), int(c.samples)) for c in chunks]
         out = self._call(
@@ -376,14 +384,13 @@ class Engine:
         tokens, finite = out.tokens[row, :count].tolist(), out.finite[row, :count].tolist()
         for step in range(count):
             if not finite[step]:
-                sequence.error = not_finite(sequence, self.params["embed"]["embedding"].dtype)
-                sequence.finish_reason = "error"
+                sequence.fail(not_finite(sequence, self.params["embed"]["embedding"].dtype))
                 break
             logprobs = take_logprobs(out, row, step, sequence.params)
             try:
                 text += sequence.append(tokens[step], logprobs)
             except Exception as error:  # its tokenizer's: nobody else's
-                sequence.error, sequence.finish_reason = error, "error"
+                sequence.fail(error)
             if sequence.done:  # a stop string ends before the device does
                 break
         sequence.first_token_time = sequence.first_token_time or now
@@ -393,6 +400,7 @@ class Engine:
         self.scheduler.share_generated(sequence)
         if sequence.done:
             self.scheduler.drop(sequence)
+            self._watched.discard(sequence)
         if sequence.listener is not None and (sequence.streams or sequence.done):
             wants = sequence.params.logprobs is not None
             sequence.listener(

@@ -11,7 +11,8 @@ class EngineStats:
 
     generated_tokens: prefill makes the first of each of the prefilled_sequences, decoding the rest.
     prompt_tokens: tokens that prefill computed; shared_tokens: those it found in the cache.
-    Seconds are from the launch of a call, or the end of the one before, to its results.
+    Seconds are from the launch of a call, or the end of the one before, to when the host has its
+    results: every second is one call's, but where the host was late it may be its neighbour's.
     attended_tokens: sum over decode steps and sequences of the cached tokens that one attends to.
     """
 

@@ -181,9 +181,16 @@ class LLM:
         """
         start = clock()
         sequences = self.sequences(prompts, sampling_params)
+        unfinished = deque(sequences)
+
+        def done() -> bool:  # asked after every step, so it must not go through thousands
+            while unfinished and unfinished[0].done:
+                unfinished.popleft()
+            return not unfinished or bool(errors(sequences))
+
         try:
             self.engine.add(sequences)
-            self.engine.run_until(lambda: all(s.done for s in sequences) or errors(sequences))
+            self.engine.run_until(done)
         finally:  # after an error or Ctrl-C
             self.engine.cancel(sequences)
         for error in errors(sequences):
@@ -229,16 +236,18 @@ class LLM:
                 f"{len(prompts)} prompts but {len(sampling_params)} sampling_params: "
                 "give one for all, or one each"
             )
-        sequences = []
+        sequences, failures = [], []
         for index, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
             try:
-                sequences += self._samples(index, prompt, params)
+                sequences += self._samples(index, prompt, params, failures)
             except ValueError as error:
                 which = f"prompt {index}: " if len(prompts) > 1 else ""
                 raise ValueError(f"{which}{error}") from None
         return sequences
 
-    def _samples(self, index: int, prompt: Prompt, params: SamplingParams) -> list[Sequence]:
+    def _samples(
+        self, index: int, prompt: Prompt, params: SamplingParams, failures: list[Exception]
+    ) -> list[Sequence]:
         """The sequences of one request, checked: one per sample."""
         validate_vocab(params, self.config.vocab_size)
         ids = encode_prompt(prompt, self.tokenizer, self.config.vocab_size)
@@ -273,14 +282,15 @@ class LLM:
                     stop=tuple(params.stop or ()),
                     include_stop_str_in_output=params.include_stop_str_in_output,
                 ),
+                failures=failures,
             )
             for sample in range(params.n)
         ]
 
 
 def errors(sequences: Seq[Sequence]) -> list[Exception]:
-    """Why sequences ended that could not go on."""
-    return [s.error for s in sequences if s.error is not None]
+    """Why sequences of a call of `LLM.sequences` ended that could not go on."""
+    return sequences[0].failures if sequences else []
 
 
 def checked_integer(name: str, value: Any, low: int, high: int | None = None) -> int:

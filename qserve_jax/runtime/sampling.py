@@ -8,8 +8,10 @@ its own logits, parameters, seed and position: never of its place in the batch o
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +23,8 @@ from qserve_jax.runtime.sampling_params import SamplingParams
 
 Array = jax.Array
 _LOWEST_TEMPERATURE = 1e-30  # its reciprocal is a float32
+TOKEN_BLOCK = 8192
+"""Token ids that `make_token_counts` sends at once."""
 
 
 @jax.tree_util.register_dataclass
@@ -260,16 +264,19 @@ def _bias_arrays(biases: Sequence[dict[int, float]]) -> tuple[np.ndarray, np.nda
     return ids, values
 
 
+def penalizes(params: SamplingParams) -> bool:
+    """Whether the request looks at its token counts."""
+    p = params
+    return p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+
+
 def sampling_features(params: Sequence[SamplingParams]) -> SamplingFeatures:
     """What any of the requests uses; filters count only where something is drawn."""
     drawn = [p for p in params if p.temperature > 0]
     return SamplingFeatures(
         greedy=not drawn,
         filters=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in drawn),
-        penalties=any(
-            p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-            for p in params
-        ),
+        penalties=any(map(penalizes, params)),
         bias=any(p.logit_bias for p in params),
         logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
     )
@@ -296,6 +303,9 @@ def make_token_counts(
 ) -> TokenCounts:
     """Counts of a batch's token ids, padded with empty rows to `pad_to`.
 
+    Only the ids go to the device and are counted there, in blocks of one size: whatever their
+    number, nothing is compiled anew.
+
     Raises ValueError if the lengths differ or exceed `pad_to`, or a token id is not in
     [0, vocab_size).
     """
@@ -304,13 +314,39 @@ def make_token_counts(
             f"{len(prompts)} prompts, {len(outputs)} outputs and {pad_to=}: pass as many outputs "
             "as prompts, at most pad_to"
         )
-    counts = np.zeros((2, pad_to, vocab_size), np.int32)
-    for side, sequences in enumerate((prompts, outputs)):
-        for row, tokens in enumerate(sequences):
-            if bad := [token for token in tokens if not 0 <= token < vocab_size]:
-                raise ValueError(f"token id {bad[0]} is not in [0, {vocab_size}): check the ids")
-            np.add.at(counts[side, row], np.asarray(tokens, np.int64), 1)
-    return TokenCounts(jnp.asarray(counts[0] > 0), jnp.asarray(counts[1]))
+    shape = pad_to, vocab_size
+    prompt_mask, output_counts = jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32)
+    for rows, ids in _token_blocks(prompts, *shape):
+        prompt_mask = _mark(prompt_mask, rows, ids)
+    for rows, ids in _token_blocks(outputs, *shape):
+        output_counts = _count(output_counts, rows, ids)
+    return TokenCounts(prompt_mask, output_counts)
+
+
+def _token_blocks(
+    sequences: Sequence[Sequence[int]], pad_to: int, vocab_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows and ids of all tokens, i32[TOKEN_BLOCK] each; row pad_to is padding."""
+    ids = np.fromiter(itertools.chain.from_iterable(sequences), np.int64)
+    if bad := ids[(ids < 0) | (ids >= vocab_size)][:1].tolist():
+        raise ValueError(f"token id {bad[0]} is not in [0, {vocab_size}): check the ids")
+    rows = np.repeat(np.arange(len(sequences)), [*map(len, sequences)])
+    padding = 0, -ids.size % TOKEN_BLOCK
+    rows = np.pad(rows.astype(np.int32), padding, constant_values=pad_to)
+    ids = np.pad(ids.astype(np.int32), padding)
+    for start in range(0, ids.size, TOKEN_BLOCK):
+        block = slice(start, start + TOKEN_BLOCK)
+        yield rows[block], ids[block]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _mark(mask: Array, rows: Array, ids: Array) -> Array:
+    return mask.at[rows, ids].set(True, mode="drop")
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _count(counts: Array, rows: Array, ids: Array) -> Array:
+    return counts.at[rows, ids].add(1, mode="drop")
 
 
 def count_tokens(counts: TokenCounts, tokens: Array, active: Array) -> TokenCounts:

@@ -63,7 +63,8 @@ class Sequence:
     before decoding.
     page_keys are those of its first full pages, of which `published` are known to the pool.
     slot: its place in `slots.Live`. listener: called with each StreamOutput, or where nobody
-    `streams` with the last one only.
+    `streams` with the last one only. failures: why sequences ended that could not go on, of all
+    that came with it.
     """
 
     index: int
@@ -87,7 +88,7 @@ class Sequence:
     sure: int = 0
     slot: int = -1
     finish_reason: str | None = None
-    error: Exception | None = None
+    failures: list[Exception] = dataclasses.field(default_factory=list)
     first_token_time: float = 0.0
     end_time: float = 0.0
 
@@ -158,6 +159,11 @@ class Sequence:
         if self.finish_reason is not None:
             piece += self.detokenizer.finish()
         return piece
+
+    def fail(self, error: Exception) -> None:
+        """End it: it cannot go on."""
+        self.finish_reason = "error"
+        self.failures.append(error)
 
     def output(self, start_time: float) -> RequestOutput:
         wants = self.params.logprobs is not None

@@ -1,14 +1,24 @@
 """Streamed text == decoded text, for real tokenizers, with and without stop strings."""
 
+import copy
 import functools
+import itertools
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
-from qserve_jax.runtime.detokenizer import IncrementalDetokenizer
+from qserve_jax.runtime.detokenizer import IncrementalDetokenizer, decoder_of
 
 SENTENCES = [
     "Once upon a time, there was a little girl named Lily. She loved to play outside.",
@@ -229,6 +239,73 @@ def test_endless_bad_bytes():
     pieces = [detokenizer.add(bad) for _ in range(300)]
     assert counting.decoded <= 24 * 300
     assert pieces == ["", *["�"] * 299] and detokenizer.finish() == "�"
+
+
+def word_level(kind=PreTrainedTokenizerFast, **kwargs):
+    """A model that is no BPE, whose spaces transformers may clean up."""
+    pieces = {p: i for i, p in enumerate([*SPECIAL, "do", "n't", "stop", "!"])}
+    tokenizer = Tokenizer(models.WordLevel(pieces, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(SPECIAL)
+    return kind(tokenizer_object=tokenizer, eos_token="</s>", **kwargs)
+
+
+class Shouting(PreTrainedTokenizerFast):
+    def _decode(self, *args, **kwargs):
+        return super()._decode(*args, **kwargs).upper()
+
+
+class Calling(PreTrainedTokenizerFast):
+    def decode(self, *args, **kwargs):
+        return str(super().decode(*args, **kwargs)).upper()
+
+
+def test_only_what_adds_nothing_to_decoding_is_left_out(monkeypatch):
+    ids = [3, 4, 5, 6, 2]
+    plain, cleaning = word_level(), word_level(clean_up_tokenization_spaces=True)
+    patched = word_level()
+    monkeypatch.setattr(patched, "decode", lambda ids, **_: "?" * len(ids))
+    texts = {plain: "do n't stop !", cleaning: "don't stop!", patched: "????"}
+    texts |= {word_level(kind): "DO N'T STOP !" for kind in (Shouting, Calling)}
+    for tokenizer, text in texts.items():
+        decode = decoder_of(tokenizer)
+        assert decode(ids[:4], skip_special_tokens=True) == tokenizer.decode(ids[:4]) == text
+        left_out = decode == tokenizer.backend_tokenizer.decode
+        assert left_out == (tokenizer is plain)
+        for skip in (False, True):
+            whole = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip)
+            assert whole.add_all(ids) == tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+def test_spaces_of_bpe_are_cleaned_up_only_where_transformers_does():
+    backend = byte_level().backend_tokenizer
+    ids = backend.encode("do n't stop !").ids
+    for corrupts in (False, True):
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            clean_up_tokenization_spaces=True,
+            clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output=corrupts,
+        )
+        text = "don't stop!" if corrupts else "do n't stop !"
+        decode = decoder_of(tokenizer)
+        assert decode(ids, skip_special_tokens=True) == tokenizer.decode(ids) == text
+        assert (decode == tokenizer.backend_tokenizer.decode) != corrupts
+
+
+@pytest.mark.parametrize("make", TOKENIZERS)
+@pytest.mark.parametrize("skip", [False, True])
+def test_added_and_special_tokens(make, skip):
+    """Those that a tokenizer was given later, too, between text and at both ends."""
+    tokenizer = copy.deepcopy(make())
+    tokenizer.add_tokens([AddedToken("<tool>"), AddedToken(" two words ", normalized=False)])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    assert decoder_of(tokenizer) == tokenizer.backend_tokenizer.decode
+    added = [token_id(tokenizer, t) for t in ("<tool>", " two words ", "<|end|>", "</s>")]
+    text = tokenizer.encode("a b", add_special_tokens=False)
+    for order in itertools.permutations(added):
+        ids = [order[0], *text, order[1], order[2], *text, order[3]]
+        check((tokenizer, ids, (), False, skip))
+        check((tokenizer, ids, ("<tool>", "b <"), True, skip))
 
 
 def test_without_a_tokenizer():

@@ -13,8 +13,10 @@ import pytest
 import qserve_jax
 from qserve_jax import LLM, SamplingParams
 from qserve_jax.checkpoint import LoadedModel, load_model
+from qserve_jax.runtime.batch import pad_rows, token_counts
 from qserve_jax.runtime.engine import Call
 from qserve_jax.runtime.sampling import SampleOutput
+from qserve_jax.runtime.scheduler import Chunk
 from qserve_jax.runtime.sequence import RequestOutput
 
 DEMO = Path(qserve_jax.__file__).parent / "assets" / "demo"
@@ -100,10 +102,11 @@ def test_a_call_that_made_nothing_is_no_measure_of_a_step(exact):
     llm = LLM(exact, max_model_len=64, num_pages=4)
     engine = llm.engine
     (sequence,) = llm.sequences("The cat", None)
+    sequence.listener = print
+    engine.add([sequence])
+    engine._accept()
     call = Call([sequence], [(0, 64)], SampleOutput(jnp.zeros(1), jnp.ones(1)), False, 0.0)
     engine._count(call, 4 * 0.1, np.asarray([4]))
-    sequence.listener = print
-    engine.scheduler.waiting.append(sequence)
     assert engine._most_steps() == 1
     engine._count(call, 1e-4, np.asarray([0]))
     assert engine._most_steps() == 1
@@ -305,6 +308,39 @@ def test_penalties_count_across_device_calls(exact):
         scores = logits[start + i] - 2.0 * counts
         assert scores[token] >= scores.max() - 1e-4
         counts[token] += 1
+
+
+def test_penalties_see_all_pieces_of_a_prompt_and_all_tokens_of_a_preempted_one(exact, rng):
+    """The pieces of a long prompt are rows of one call; what gives way is counted anew."""
+    llm = LLM(exact, max_model_len=512, num_pages=13, page_size=32)
+    prompts = [rng.integers(0, 2048, n).tolist() for n in (300, 40, 70)]
+    bound = SamplingParams(max_tokens=30, frequency_penalty=2.0, ignore_eos=True)
+    params = [dataclasses.replace(bound, repetition_penalty=r) for r in (5.0, 1.0, 1.0)]
+    outputs = llm.generate(prompts, params)
+    assert llm.stats.preemptions
+    ids = pad_rows([o.prompt_token_ids + o.token_ids for o in outputs], 3, 330, 0)
+    all_logits = np.asarray(exact.model.apply({"params": exact.params}, ids), np.float32)
+    for prompt, p, output, logits in zip(prompts, params, outputs, all_logits, strict=True):
+        for i, token in enumerate(output.token_ids):
+            scores = logits[len(prompt) - 1 + i]
+            seen = np.bincount(prompt + output.token_ids[:i], minlength=scores.size) > 0
+            factor = np.where(scores > 0, 1 / p.repetition_penalty, p.repetition_penalty)
+            scores = np.where(seen, scores * factor, scores)
+            made = np.bincount(output.token_ids[:i], minlength=scores.size)
+            scores = scores - p.frequency_penalty * made
+            assert scores[token] >= scores.max() - 1e-3
+
+
+def test_only_penalties_of_rows_that_end_a_prompt_are_counted(exact):
+    llm = LLM(exact, max_model_len=256, num_pages=8)
+    free, bound = SamplingParams(), SamplingParams(presence_penalty=1.0)
+    unpenalized, ended, begun = llm.sequences([[1, 2], [3, 4, 4], [5, 6]], [free, bound, bound])
+    ended.tokens, ended.goal = [7, 7], 4
+    unpenalized.goal = begun.goal = 2
+    chunks = [Chunk(unpenalized, 0, 2, True), Chunk(ended, 0, 4, False), Chunk(begun, 0, 1, False)]
+    counts = token_counts(chunks, rows=4, vocab_size=9)
+    assert np.argwhere(counts.prompt_mask).tolist() == [[1, 3], [1, 4]]
+    assert np.argwhere(counts.output_counts).tolist() == [[1, 7]]
 
 
 def test_chat_messages_go_through_the_template(llm, monkeypatch):

@@ -12,6 +12,7 @@ from qserve_jax import LLM, QuantConfig, SamplingParams
 from qserve_jax.benchmarks.dummy import dummy_model
 from qserve_jax.models import ModelConfig
 from qserve_jax.runtime import batch, scheduler
+from qserve_jax.runtime.engine import Engine
 from qserve_jax.runtime.sampling import SampleOutput
 
 TINY = ModelConfig("llama", 256, 128, 128, 1, 2, 1, 64, 256)
@@ -126,8 +127,21 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(batch, "CALL_TOKENS", 32)
 
 
+@pytest.fixture
+def watched_is_checked(monkeypatch):
+    """What the engine keeps of who listens is what a look at everybody would say."""
+    kept = Engine._is_watched
+
+    def checked(engine):
+        here = [*engine.scheduler.running, *engine.scheduler.waiting]
+        assert kept(engine) == any(s.listener is not None for s in here)
+        return kept(engine)
+
+    monkeypatch.setattr(Engine, "_is_watched", checked)
+
+
 @pytest.mark.parametrize("seed", range(24))
-def test_whatever_comes_and_goes(loaded, small_pieces, seed):
+def test_whatever_comes_and_goes(loaded, small_pieces, watched_is_checked, seed):
     rng = random.Random(seed)
     llm = some_llm(loaded, rng)
     Paper(llm)
@@ -150,8 +164,50 @@ def test_whatever_comes_and_goes(loaded, small_pieces, seed):
     assert sorted(llm.engine.scheduler._slots) == list(range(llm.engine.max_num_seqs))
 
 
+@pytest.mark.parametrize("leaves", [False, True])
+def test_nobody_watches_when_the_listeners_have_gone(loaded, watched_is_checked, leaves):
+    llm = LLM(loaded, num_pages=16, max_num_seqs=4)
+    Paper(llm)
+    (unheard,) = llm.sequences([[1, 2]], SamplingParams(max_tokens=240))
+    llm.engine.add([unheard])
+    stream = llm.stream([[3]], SamplingParams(max_tokens=100 if leaves else 2))
+    assert next(stream).token_ids
+    if leaves:
+        stream.close()
+    assert list(stream) or leaves
+    assert not unheard.done
+    llm.engine.run_until(lambda: unheard.done)
+
+
+def test_a_step_looks_at_nobody_who_waits(loaded):
+    class Unread(deque):
+        def __iter__(self):
+            raise AssertionError("somebody goes through the queue")
+
+    class Counted(list):
+        reads = 0
+
+        def __iter__(self):
+            Counted.reads += 1
+            return super().__iter__()
+
+    llm = LLM(loaded, num_pages=8, max_num_seqs=2)
+    Paper(llm)
+    llm.engine.scheduler.waiting = Unread()
+    prompts, params = [[1 + i % 7, 2] for i in range(40)], SamplingParams(max_tokens=3)
+    wanted = [expected(p, params) for p in prompts]
+    make = llm.sequences
+    llm.sequences = lambda *args: Counted(make(*args))  # pyright: ignore[reportAttributeAccessIssue]
+    assert [o.token_ids for o in llm.generate(prompts, params)] == wanted
+    assert Counted.reads <= 5  # of the whole call, which took 20 steps and more
+    told = [[] for _ in prompts]
+    for piece in llm.stream(prompts, params):
+        told[piece.index] += piece.token_ids
+    assert told == wanted and Counted.reads <= 10
+
+
 @pytest.mark.parametrize("seed", range(12))
-def test_interruptions_at_any_call(loaded, small_pieces, seed):
+def test_interruptions_at_any_call(loaded, small_pieces, watched_is_checked, seed):
     """Nothing is lost, made or said twice."""
     rng = random.Random(seed)
     llm = some_llm(loaded, rng)

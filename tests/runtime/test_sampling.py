@@ -1,6 +1,7 @@
 """Every processor against an independent numpy implementation; distribution and reproducibility."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +101,21 @@ def test_count_tokens_equals_counting_anew():
     counts = sampling.count_tokens(counts, jnp.array([4, 5, 9]), jnp.array([True, True, False]))
     anew = make_token_counts([[1], [2]], [[4], [5, 5]], vocab_size=VOCAB, pad_to=3)
     jax.tree.map(np.testing.assert_array_equal, counts, anew)
+
+
+def test_tokens_of_many_blocks_are_all_counted_and_compile_nothing(rng):
+    shapes = [(0, 3), (1, 0), (sampling.TOKEN_BLOCK + 1, 2), (5, 2 * sampling.TOKEN_BLOCK)]
+    make_token_counts([[1]], [[1]], vocab_size=VOCAB, pad_to=5)
+    jitted: list[Any] = [sampling._mark, sampling._count]
+    programs = [function._cache_size() for function in jitted]
+    for lengths in (shapes, shapes[::-1], shapes[:1]):
+        prompts, outputs = ([rng.integers(0, VOCAB, pair[i]) for pair in lengths] for i in (0, 1))
+        counts = make_token_counts(prompts, outputs, vocab_size=VOCAB, pad_to=5)
+        bins = [[np.bincount(x, minlength=VOCAB) for x in side] for side in (prompts, outputs)]
+        padding = [[0] * VOCAB] * (5 - len(lengths))
+        np.testing.assert_array_equal(counts.prompt_mask, np.array([*bins[0], *padding]) > 0)
+        np.testing.assert_array_equal(counts.output_counts, [*bins[1], *padding])
+    assert [function._cache_size() for function in jitted] == programs
 
 
 def test_temperature_is_exact_and_survives_tiny_values():

@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,11 @@ def make_operands(b: int, context: int, shape: tuple[int, int, int], bits: int, 
     return (q, cache, jnp.asarray(table), jnp.asarray(lens, jnp.int32)), size
 
 
-def configs(p: Any, clusters: bool) -> list[DecodeConfig]:
+def configs(p: Any, clusters: bool, stages_of: Sequence[int]) -> list[DecodeConfig]:
     """The rules' choice first, then all that can run and leave no worker without a page."""
     found = [choose_config(p, clusters=clusters)]
     cuts = [(c, 1) for c in (1, 2, 4, 8)[: 4 if clusters else 1]] + [(1, s) for s in (2, 4, 8, 16)]
-    for stages, warpgroups, (cluster, splits) in itertools.product((2, 3, 4, 6), (1, 2, 4), cuts):
+    for stages, warpgroups, (cluster, splits) in itertools.product(stages_of, (1, 2, 4), cuts):
         config = DecodeConfig(stages, warpgroups, cluster, splits)
         try:
             check_config(p, config)
@@ -83,7 +84,9 @@ def configs(p: Any, clusters: bool) -> list[DecodeConfig]:
     return found
 
 
-def tune(name: str, b: int, context: int, shape: tuple, bits: int, ragged: bool) -> dict[str, Any]:
+def tune(
+    name: str, b: int, context: int, shape: tuple, bits: int, ragged: bool, stages: Sequence[int]
+) -> dict[str, Any]:
     """Microseconds of every config that gives the first one's output."""
     (q, cache, table, lens), size = make_operands(b, context, shape, bits, ragged)
     static: dict[str, Any] = {"new_k": None, "new_v": None, "attends": "quantized"}
@@ -101,7 +104,7 @@ def tune(name: str, b: int, context: int, shape: tuple, bits: int, ragged: bool)
     layers = [jnp.int32(i) for i in range(cache.pages.shape[0])]
     operands = (q, cache, table, lens)
     p, _ = gather(name, *operands, **static, query_lens=ones, order=order, layer=layers[0])
-    wanted = configs(p, clusters=name == "mosaic_sm90")
+    wanted = configs(p, name == "mosaic_sm90", stages)
     jobs = {config: (attend(config), (*operands, layers[0])) for config in wanted}
     expected, rows = None, []
     for config, run in compile_all(jobs).items():
@@ -134,6 +137,7 @@ def main() -> None:
     parser.add_argument("--heads", nargs=3, type=int, default=[32, 8, 128], metavar=("N", "K", "H"))
     parser.add_argument("--bits", nargs="+", type=int, choices=(4, 8, 16), default=[4])
     parser.add_argument("--backend", nargs="+", choices=DECODE, default=list(DECODE))
+    parser.add_argument("--stages", nargs="+", type=int, default=[2, 3, 4])
     parser.add_argument("--ragged", action="store_true", help="lengths of context/16 .. context")
     parser.add_argument("--output", type=Path, help="a JSON file")
     args = parser.parse_args()
@@ -144,7 +148,8 @@ def main() -> None:
     ):
         print(f"{name} {bits} bits, {b} x {context}", flush=True)
         try:
-            found["cases"].append(tune(name, b, context, tuple(args.heads), bits, args.ragged))
+            case = tune(name, b, context, tuple(args.heads), bits, args.ragged, args.stages)
+            found["cases"].append(case)
         except Exception as error:
             print(f"  {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
         if args.output:

@@ -90,10 +90,10 @@ def attention(
     if q.size == 0 and q.shape[1] == 1:
         return jnp.zeros_like(q)
     problem, operands = gather(backend, q, *args, **kwargs)
+    chosen = config or choose_config(problem, clusters=clusters)
     if problem.rows * problem.head_blocks <= SMS and problem.ordered:  # all start at once
         operands.pop("order")
         problem = dataclasses.replace(problem, ordered=False)
-    chosen = config or choose_config(problem, clusters=clusters)
     check_config(problem, chosen)
     b, n, h = problem.rows, problem.heads, problem.head_dim
     out = jax.ShapeDtypeStruct((b, n, h), q.dtype)

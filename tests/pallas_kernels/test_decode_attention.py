@@ -288,21 +288,38 @@ def test_choices_for_llama_3_8b():
         p = problem(b, SHAPES[0], pages, bits, **changes)
         return decode_rules.choose_config(p, clusters=True)
 
-    assert choose(64, 64) == DecodeConfig(3)  # three pages of 8.7 KB in each of four blocks an SM
-    assert choose(64, 64, 8) == DecodeConfig(3) and choose(64, 64, 16) == DecodeConfig(3)
+    assert choose(64, 64) == choose(64, 64, 8) == choose(64, 64, 16) == DecodeConfig(3)
     assert choose(64, 64, ordered=True) == DecodeConfig(3, 2)  # what waits is balanced
     assert choose(64, 24, ordered=True) == choose(128, 64, ordered=True) == DecodeConfig(3)
     assert choose(32, 64) == DecodeConfig(3, 2)
+    assert choose(32, 64, ordered=True) == DecodeConfig(3, 1, 2)  # so is what runs at once
     assert choose(16, 16) == choose(16, 24) == DecodeConfig(3, 2)
     assert choose(16, 64) == DecodeConfig(3, 4)
-    assert choose(8, 64) == DecodeConfig(3, 4, 2)
+    assert choose(16, 64, ordered=True) == DecodeConfig(3, 2, 2)
+    assert choose(8, 64) == choose(8, 64, ordered=True) == DecodeConfig(3, 4, 2)
+    assert choose(4, 16) == DecodeConfig(3, 1, 1, 4)  # 32 clusters of four may not fit at once
+    assert choose(4, 64) == DecodeConfig(3, 2, 1, 4)
+    assert choose(2, 16) == DecodeConfig(3, 1, 4)
+    assert choose(2, 64) == DecodeConfig(3, 2, 1, 8)
+    assert choose(2, 256) == DecodeConfig(3, 4, 1, 8)
     assert choose(1, 4) == DecodeConfig(3, 1, 2)
     assert choose(1, 16) == DecodeConfig(3, 1, 8)  # two pages for each of eight blocks
     assert choose(1, 64) == DecodeConfig(3, 2, 8)
     assert choose(1, 256) == DecodeConfig(3, 2, 1, 16)
-    assert choose(2, 256) == DecodeConfig(3, 4, 8)  # splits would fill no more of the GPU
     assert choose(1, 2048) == DecodeConfig(3, 4, 1, 16)
     assert choose(1, 2048, window=1000) == DecodeConfig(3, 1, 8)  # 17 pages at most
+
+
+def test_choices_without_clusters():
+    """Splits take what clusters would, and what they would not."""
+
+    def choose(b, pages):
+        return decode_rules.choose_config(problem(b, SHAPES[0], pages), clusters=False)
+
+    assert choose(1, 16) == DecodeConfig(3, 1, 1, 4)
+    assert choose(1, 64) == DecodeConfig(3, 2, 1, 8)
+    assert choose(8, 64) == DecodeConfig(3, 4, 1, 2)
+    assert choose(16, 64) == DecodeConfig(3, 4)
 
 
 GOOD = DecodeConfig(3, 4, cluster=2)

@@ -237,5 +237,5 @@ def test_a_page_read_before_it_has_come_is_found(emulated, monkeypatch, name, co
     wait = lambda self, work, i, slot, parity: self.t.ring + slot * self.p.page.block_bytes  # noqa: E731
     monkeypatch.setattr(copies, "wait", wait)
     with pytest.raises(AssertionError):
-        out = emulated(case, name, DecodeConfig(2), eager=False)
+        out = emulated(case, name, DecodeConfig(2, 2), eager=False)
         assert worst_error(out, case.expected()) <= TOLERANCE

@@ -69,7 +69,7 @@ def emulate(stages, pages, seed, monkeypatch):
         wait=if_active(lambda at, parity: warps.pause(lambda: barriers[at].passes(parity))),
         fence_reads=lambda: warps.pause(),
         sync_warp=lambda: warps.pause(lambda: len(barriers) == 2 * stages),
-        arrive=if_active(lambda at: barriers[at].arrive()),
+        arrive=if_active(lambda at: [barriers[at].arrive() for _ in range(32)]),  # all lanes do
     )
     monkeypatch.setattr(mosaic_sm90, "ptx", ptx)
     started: list[int] = []
@@ -85,7 +85,7 @@ def emulate(stages, pages, seed, monkeypatch):
         )
         work: Any = types.SimpleNamespace(count=Word(pages), source=lambda p, page: Address(page))
         p: Any = types.SimpleNamespace(page=types.SimpleNamespace(block_bytes=SIZE))
-        ring: Any = mosaic_sm90.BulkCopies(p, DecodeConfig(stages), t, [None])
+        ring: Any = mosaic_sm90.BulkCopies(p, DecodeConfig(stages, 2), t, [None])
         first, page = ring.prepare()
         assert index or first == 1000
         ring.start(work, page)

@@ -1,0 +1,213 @@
+"""What we aimed at on an H200 beside what was measured: every goal that is missed, by how much.
+
+python scripts/goals.py [--results docs/results] [--all]
+
+Reads h200_w4a8_matmul.json, h200_paged_attention.json and h200_serving.json and prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qserve_jax.benchmarks.provenance import ROOT
+from qserve_jax.quantization.qtensor import kv_bytes_per_token
+
+Row = dict[str, Any]
+LLAMA_3_8B = ((28672, 4096), (4096, 4096), (4096, 14336), (6144, 4096))
+MATMUL_US: dict[int, tuple[float | None, ...]] = {  # tokens: of those four
+    64: (27, 9, 17, 11),
+    128: (31, 11, 21, 14),
+    256: (44, 11, 24, 15),
+    1024: (165, None, None, None),
+    4096: (670, 105, 345, None),
+}
+QSERVE_US: dict[
+    tuple[int, int], dict[int, tuple[float, float]]
+] = {  # QServe's CUDA kernels on an H200 by (N, K, tokens), groups of 128 / per channel
+    (28672, 4096): {16: (38.3, 28.3), 64: (62.6, 45.6), 128: (110, 64.1), 256: (151, 130)},
+    (4096, 4096): {16: (15.6, 14.7), 256: (28.0, 22.6), 4096: (329, 271)},
+    (4096, 14336): {16: (45.6, 42.0), 256: (88.3, 69.4), 4096: (1103, 856)},
+}
+QSERVE_US[28672, 4096] |= {1024: (574, 477), 4096: (2196, 1846)}
+ATTENTION_US: dict[tuple[int, int | None], float] = {  # (batch, tokens of each; None: ragged)
+    **{(16, 1024): 10, (16, 1536): 12, (16, 4096): 22, (16, 16384): 72},
+    **{(1, 1024): 4.5, (1, 16384): 11.5, (64, None): 46},
+}
+LLAMA_HEADS = (32, 8, 128)
+TOKENS_PER_S = {("throughput", 256): 16820, ("decode", 1): 450}
+TOKENS_PER_S |= {("decode", 64): 12000, ("decode", 256): 30000}
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """found is to be at most `limit`, at least where `more`; None: not measured."""
+
+    kind: str
+    what: str
+    limit: float
+    found: float | None
+    more: bool = False
+
+    @property
+    def excess(self) -> float:
+        """How far on the wrong side, relative to the limit; negative where it is met."""
+        assert self.found is not None
+        ratio = self.found / self.limit
+        return 1 / ratio - 1 if self.more else ratio - 1
+
+
+def matmul_goals(report: Row) -> Iterator[Goal]:
+    rows = {(r["backend"], r["group_size"], r["m"], r["n"], r["k"]): r for r in report["rows"]}
+    for (n, k), m, limit in _llama_limits():
+        row = rows.get(("mosaic_sm90", 128, m, n, k), {})
+        yield Goal("W4A8, Llama-3-8B, µs", f"{n}x{k} M={m}", limit, row.get("us"))
+    for (backend, group_size, m, n, k), row in rows.items():
+        what = f"{n}x{k} M={m}" + (" per channel" if group_size == -1 else "")
+        if backend == "mosaic_mma":
+            limits = QSERVE_US.get((n, k), {}).get(m)
+            if limits:
+                limit = limits[group_size == -1]
+                yield Goal("mosaic_mma, QServe's kernels, µs", what, limit, row["us"])
+            continue
+        for name in ("bf16", "int8", "fp8"):
+            other = row[f"{name}_us"]
+            if name == "bf16" or m <= 256:
+                found = row["us"] if other else None
+                yield Goal(f"W4A8, {name} in the same run, µs", what, other or math.nan, found)
+        grouped = rows.get((backend, 128, m, n, k))
+        if group_size == -1 and grouped:
+            yield Goal("per channel, groups of 128, µs", what, grouped["us"], row["us"])
+
+
+def _llama_limits() -> Iterator[tuple[tuple[int, int], int, float]]:
+    for shape, *limits in zip(LLAMA_3_8B, *MATMUL_US.values(), strict=True):
+        nbytes = shape[0] * shape[1] * (0.5 + 2 / 128)
+        yield from ((shape, m, 3.5 + nbytes / 3.9e6) for m in (1, 8, 16))
+        yield shape, 32, 4.5 + nbytes / 3.6e6
+        yield from ((shape, m, x) for m, x in zip(MATMUL_US, limits, strict=True) if x)
+
+
+def attention_goals(report: Row) -> Iterator[Goal]:
+    rows = [r for r in report["rows"] if r["backend"] == "mosaic_sm90"]
+    rows = [r for r in rows if r["attends"] == "quantized"]
+    llama = {_case(r): r for r in rows if _heads(r) == LLAMA_HEADS}
+    known: dict[int, float] = {}  # bytes of a uniform batch: us of the fastest that has so many
+    for (bits, _, context), row in llama.items():
+        if bits == 4 and context:
+            known[_bytes(row)] = min(row["us"], known.get(_bytes(row), math.inf))
+    for (bits, b, context), row in llama.items():
+        what = f"KV{bits} {b} x {context or 'ragged'}"
+        if bits == 16:
+            if row["cudnn_bf16_us"]:
+                limit = 1.2 * row["cudnn_bf16_us"]
+                yield Goal("attention, 1.2 of cuDNN's, µs", what, limit, row["us"])
+        elif 8 * b >= 512 and context:
+            limit = 5 + _bytes(row) / 4.1e6
+            yield Goal("attention, Llama-3-8B, µs", what, limit, row["us"])
+        elif bits == 4 and (limit := ATTENTION_US.get((b, context))):
+            yield Goal("attention, Llama-3-8B, µs", what, limit, row["us"])
+    for row in rows:
+        heads = _heads(row)
+        if heads != LLAMA_HEADS and row["kv_bits"] == 4:
+            what = f"{'/'.join(map(str, heads))} {row['b']} x {row.get('ctx', 'ragged')}"
+            limit = _time_of(sorted(known.items()), _bytes(row)) / 0.8
+            yield Goal("attention, 80 % of 32/8/128's bandwidth, µs", what, limit, row["us"])
+    for row in report["rows"]:
+        what = f"{row['backend']} {_heads(row)} {_case(row)}"
+        yield Goal("attention, relative error", what, 2.5e-3, row["rel_err"])
+    for row in report["append"]:
+        if row["kv_bits"] == 4 and row["b"] == 256:
+            yield Goal("append of one token each, µs", f"{row['backend']} 256", 4, row["us"])
+    for row in report["prefill"]:
+        limit = 1.1 * row["cudnn_bf16_us"]
+        yield Goal("prefill of 8 x 1024, 1.1 of cuDNN's, µs", row["backend"], limit, row["us"])
+
+
+def _heads(row: Row) -> tuple[int, int, int]:
+    return row["heads"], row["kv_heads"], row["head_dim"]
+
+
+def _case(row: Row) -> tuple[int, int, int | None]:
+    return row["kv_bits"], row["b"], row.get("ctx")
+
+
+def _bytes(row: Row) -> int:
+    """Of the cache that a call reads."""
+    tokens = sum(row["lengths"]) if "lengths" in row else row["b"] * row["ctx"]
+    return tokens * row["kv_heads"] * kv_bytes_per_token(row["head_dim"], row["kv_bits"])
+
+
+def _time_of(known: list[tuple[int, float]], nbytes: int) -> float:
+    """Of 32/8/128 for so many bytes: between the two nearest uniform batches; what fewer than the
+    smallest take is the smallest's time."""
+    at = bisect.bisect([size for size, _ in known], nbytes)
+    if at == 0:
+        return known[0][1]
+    if at == len(known):
+        return known[-1][1] * nbytes / known[-1][0]
+    (left, a), (right, b) = known[at - 1], known[at]
+    return a + (b - a) * (nbytes - left) / (right - left)
+
+
+def serving_goals(report: Row) -> Iterator[Goal]:
+    for row in report["rows"]:
+        what, limit = f"{row['bench']}, batch {row['batch']}", None
+        if row["model"] == "llama3-8b" and row["precision"] == "w4a8kv4":
+            limit = TOKENS_PER_S.get((row["bench"], row["batch"]))
+        if limit:
+            yield Goal("Llama-3-8B, tokens/s", what, limit, row["tokens_per_s"], more=True)
+
+
+FILES = {
+    "h200_w4a8_matmul.json": matmul_goals,
+    "h200_paged_attention.json": attention_goals,
+    "h200_serving.json": serving_goals,
+}
+
+
+def table(goals: list[Goal], *, all_of_them: bool) -> str:
+    """A line for each kind, and one for each goal that is missed (or each)."""
+    lines = ["| goal | met | missed | not measured |", "|---|---|---|---|"]
+    for kind in dict.fromkeys(g.kind for g in goals):
+        mine = [g for g in goals if g.kind == kind]
+        missed = sum(g.found is not None and g.excess > 0 for g in mine)
+        unknown = sum(g.found is None for g in mine)
+        lines.append(f"| {kind} | {len(mine) - missed - unknown} | {missed} | {unknown} |")
+    lines += ["", "| goal | case | aimed at | measured | off by |", "|---|---|---|---|---|"]
+    for g in goals:
+        if g.found is not None and (all_of_them or g.excess > 0):
+            numbers = f"{_number(g.limit)} | {_number(g.found)} | {100 * g.excess:+.1f} %"
+            lines.append(f"| {g.kind} | {g.what} | {numbers} |")
+    return "\n".join(lines)
+
+
+def _number(x: float) -> str:
+    return f"{x:.1e}" if x < 0.01 else f"{x:.1f}" if x < 1000 else f"{x:.0f}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--all", action="store_true", help="those that are met, too")
+    args = parser.parse_args(argv)
+    goals: list[Goal] = []
+    for name, find in FILES.items():
+        try:
+            goals += find(json.loads((args.results / name).read_text()))
+        except FileNotFoundError:
+            print(f"no {name} in {args.results}: measure it with qserve_jax.bench", file=sys.stderr)
+            return 1
+    print(table(goals, all_of_them=args.all))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""What is missed is told: goals beside measurements."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts import goals
+from scripts.goals import Goal
+
+RESULTS = Path(goals.__file__).parents[1] / "docs" / "results"
+
+
+def test_the_table_is_that_of_the_results(capsys):
+    assert goals.main([]) == 0
+    assert capsys.readouterr().out == (RESULTS / "goals.md").read_text()
+
+
+def test_less_is_better_but_for_speeds():
+    assert Goal("us", "", 10, 11).excess == pytest.approx(0.1)
+    assert Goal("us", "", 10, 9).excess < 0
+    assert Goal("tokens/s", "", 10, 8, more=True).excess == pytest.approx(0.25)
+    assert Goal("tokens/s", "", 10, 11, more=True).excess < 0
+
+
+def test_misses_are_listed_and_what_was_not_measured_counted():
+    found = [Goal("a", "met", 10, 9), Goal("a", "missed", 10, 11), Goal("a", "unknown", 10, None)]
+    text = goals.table(found, all_of_them=False)
+    assert "| a | 1 | 1 | 1 |" in text
+    assert "| a | missed | 10.0 | 11.0 | +10.0 % |" in text and "| a | met |" not in text
+    assert "| a | met | 10.0 | 9.0 | -10.0 % |" in goals.table(found, all_of_them=True)
+
+
+def matmul_row(us, group_size=128, m=16, **other):
+    row = {"backend": "mosaic_sm90", "group_size": group_size, "m": m, "n": 4096, "k": 4096}
+    return row | {"us": us, "bf16_us": None, "int8_us": None, "fp8_us": None} | other
+
+
+def test_goals_of_matmuls():
+    rows = [matmul_row(5.0, bf16_us=4.0, fp8_us=6.0), matmul_row(5.5, group_size=-1)]
+    rows.append(matmul_row(99.0, m=512, fp8_us=9.0))  # fp8 counts to 256 tokens
+    found = list(goals.matmul_goals({"rows": rows}))
+    measured = [(g.kind, g.what, g.found) for g in found if g.found is not None]
+    assert measured == [
+        ("W4A8, Llama-3-8B, µs", "4096x4096 M=16", 5.0),
+        ("W4A8, bf16 in the same run, µs", "4096x4096 M=16", 5.0),
+        ("W4A8, fp8 in the same run, µs", "4096x4096 M=16", 5.0),
+        ("per channel, groups of 128, µs", "4096x4096 M=16 per channel", 5.5),
+    ]
+    wanted = next(g for g in found if g.what == "4096x4096 M=16")
+    assert wanted.limit == pytest.approx(3.5 + 4096**2 * 0.515625 / 3.9e6)
+
+
+def test_the_time_of_as_many_bytes():
+    known = [(100, 4.0), (200, 6.0), (400, 9.0)]
+    assert [goals._time_of(known, x) for x in (50, 100, 150, 800)] == [4.0, 4.0, 5.0, 18.0]
+
+
+def test_no_results_is_one_line(tmp_path, capsys):
+    assert goals.main(["--results", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "measure it with qserve_jax.bench" in error
+
+
+def test_every_goal_of_attention_can_be_missed():
+    report = json.loads((RESULTS / "h200_paged_attention.json").read_text())
+    for row in [*report["rows"], *report["append"], *report["prefill"]]:
+        row["us"], row["rel_err"] = row["us"] * 10, 1.0
+    for row in report["rows"]:  # but what the others are compared with
+        if goals._heads(row) == goals.LLAMA_HEADS and row["backend"] == "mosaic_sm90":
+            row["us"] /= 10
+    kinds = {g.kind for g in goals.attention_goals(report) if g.excess > 0}
+    assert kinds >= {g.kind for g in goals.attention_goals(report)} - {
+        "attention, Llama-3-8B, µs",
+        "attention, 1.2 of cuDNN's, µs",
+    }

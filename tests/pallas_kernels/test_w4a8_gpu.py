@@ -27,6 +27,7 @@ from qserve_jax.pallas_kernels.w4a8_matmul.problem import INT32_SUMS
 from qserve_jax.pallas_kernels.w4a8_matmul.sm90_config import Sm90Config
 from tests.pallas_kernels.w4a8_cases import (
     CUT,
+    SHAPES,
     every_kind,
     exact_sums,
     expected_output,
@@ -98,11 +99,7 @@ def test_the_demo_model_with_kernels_is_the_demo_model(can_run, monkeypatch):
 
 
 TOKENS = {"mosaic_mma": (1, 3, 16, 17, 64, 128, 257), "mosaic_sm90": (17, 64, 128, 257)}
-SIZES = [
-    *[(28672, 4096), (4096, 4096), (4096, 14336), (6144, 4096)],  # Llama-3-8B
-    *[(3584, 18944), (4096, 11008), (8192, 28672), (8192, 29568)],  # other models: odd K/128 too
-    (192, 65536),  # the largest K of which every sum is an int32
-]
+SIZES = [*SHAPES, (192, 65536)]  # and the largest K of which every sum is an int32
 
 
 def sums(name, x, w, layer):

@@ -1,6 +1,7 @@
 """The scripts that measure the engine, in the small."""
 
 import argparse
+import dataclasses
 import importlib
 from pathlib import Path
 
@@ -168,3 +169,15 @@ def serving_command_parser():
     from qserve_jax import bench
 
     return bench.build_parser()
+
+
+@pytest.mark.slow
+def test_a_second_process_compiles_nothing(script, tmp_path):
+    first_token = script("first_token")
+    loaded = dummy_model(dataclasses.replace(TINY, max_position_embeddings=2048), QuantConfig())
+    model = tmp_path / "tiny"
+    first_token.save_native(model, loaded.params, loaded.config, loaded.quant_config)
+    cold, warm = (first_token.generate(model, 256, str(tmp_path / "cache")) for _ in range(2))
+    assert not cold["compile_cached"] and warm["compile_cached"]
+    for found in (cold, warm):
+        assert sum(found[name] for name in first_token.TOLD[:2]) < found["process_seconds"]

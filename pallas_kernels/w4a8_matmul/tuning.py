@@ -51,7 +51,7 @@ DESIGNS: dict[str, Design] = {
     "mma": Design(
         "mosaic_mma",
         mma_config.MmaConfig,
-        lambda m, n, k, per_group: mma_rules.choose_config(m, n, k),
+        mma_rules.choose_config,
         lambda config, m, n, k, per_group: mma_config.check_config(config, k, per_group),
     ),
     "wgmma": Design(

@@ -1,6 +1,7 @@
 """The matmul for Ampere and newer: lowered as sm_80 on any host; on a GPU the reference's bits."""
 
 import dataclasses
+import itertools
 import re
 import types
 
@@ -92,11 +93,17 @@ def test_every_shape_lowers_with_every_number_of_tokens(per_group, n, k):
 
 @pytest.mark.parametrize("n, k", [*SHAPES, *SMALL_SHAPES])
 def test_the_heuristic_fits_every_shape(n, k):
-    for m in TOKENS:
-        chosen = mma_rules.choose_config(m, n, k)
-        for per_group in (True, False):
-            mma_config.check_config(chosen, k, per_group)
+    for m, per_group in itertools.product(TOKENS, (True, False)):
+        chosen = mma_rules.choose_config(m, n, k, per_group)
+        mma_config.check_config(chosen, k, per_group)
         assert chosen.tokens < max(2 * m, 9)  # no block is mostly beyond the tokens
+
+
+def test_four_stages_fit_without_scales_of_groups():
+    three, four = (mma_rules.choose_config(32, 59136, 8192, x) for x in (True, False))
+    assert (three.stages, four.stages) == (3, 4) and dataclasses.replace(four, stages=3) == three
+    with pytest.raises(ValueError, match="of shared memory"):
+        mma_config.check_config(four, 8192, True)
 
 
 GOOD = MmaConfig(row_warps=2, row_tiles=2, k_warps=4, tokens=16, stages=3)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -26,7 +27,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def pytest_configure(config):
-    """Run on the CPU unless `-m gpu` asks otherwise."""
+    """Run on the CPU unless `-m gpu` asks otherwise; let Ctrl-C interrupt."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as shells start what is to run behind
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
         # Several processes share the GPU: none takes its memory beforehand.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

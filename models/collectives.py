@@ -43,14 +43,32 @@ def on_ranks(
     config = rank_config(model.config, mesh.size)
     local = model.clone(parent=None, config=config, mesh=None, axis=axis)
     pages = cache_spec(axis)
+    filled, refill = _without_empty(params)
     cache, logits = jax.shard_map(
-        functools.partial(body, local),
+        lambda filled, *rest: body(local, refill(filled), *rest),
         mesh=mesh,
-        in_specs=(param_specs(params, axis), pages, *[P()] * len(arrays)),
+        in_specs=(param_specs(filled, axis), pages, *[P()] * len(arrays)),
         out_specs=(pages, P()),
         check_vma=False,
-    )(params, cache, *arrays)
+    )(filled, cache, *arrays)
     return cache, logits[..., : model.config.vocab_size]
+
+
+def _without_empty(params: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The tree with None for arrays of no elements, and what puts them back.
+
+    XLA of jaxlib 0.11.2 crashes where one enters a `shard_map` in a loop (Shardy takes it for a
+    constant, and then finds no sharding); packed containers have some.
+    """
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    filled = jax.tree.map(lambda x: x if x.size else None, params)
+
+    def refill(filled: Any) -> Any:
+        return jax.tree.map(
+            lambda shape, x: jnp.zeros(shape.shape, shape.dtype) if x is None else x, shapes, filled
+        )
+
+    return filled, refill
 
 
 def sum_partial(partial: Array, axis: str, *added: Array | None) -> Array:

@@ -290,6 +290,8 @@ def test_a_step_of_kernels_lowered_for_gpus(tiny):
     step = jax.jit(functools.partial(decode_step, model), donate_argnums=1)
     text = step.trace(params, cache, *arrays).lower(lowering_platforms=("cuda",)).as_text()
     collectives = [text.count(f'"stablehlo.{name}"') for name in STABLEHLO]
+    (entry,) = (line for line in text.splitlines() if "sdy.manual_computation" in line)
+    assert "x0x" not in entry  # XLA of jaxlib 0.11.2 crashes on empty arrays that enter in a loop
     assert collectives == [1 + 2 * 8, 1, 0, 0]
     moved = [line for line in text.splitlines() if '"stablehlo.all_gather"' in line]
     assert "tensor<4x32xf32>) -> tensor<4x64xf32>" in moved[0] and "custom_call @mosaic_gpu" in text

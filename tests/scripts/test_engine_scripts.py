@@ -181,3 +181,19 @@ def test_a_second_process_compiles_nothing(script, tmp_path):
     assert not cold["compile_cached"] and warm["compile_cached"]
     for found in (cold, warm):
         assert sum(found[name] for name in first_token.TOLD[:2]) < found["process_seconds"]
+
+
+@pytest.mark.parametrize(
+    "given, flags, expected",
+    [(None, "", None), (None, "--a=1", "--a=1"), ("--b=2", "", "--b=2"), ("--b", "--a", "--b --a")],
+)
+def test_gpu_tests_get_no_blank_flags(script, monkeypatch, tmp_path, given, flags, expected):
+    """XLA takes a blank for the name of a file, and ends the process."""
+    gpu_tests, seen = script("gpu_tests"), []
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("XLA_FLAGS", given)
+    run = lambda command, cwd, env: seen.append(env.get("XLA_FLAGS")) or 0  # noqa: E731
+    monkeypatch.setattr(gpu_tests.subprocess, "call", run)
+    assert gpu_tests.run_tests("gpu", ["tests"], flags, 2, tmp_path / "0.xml") == 0
+    assert seen == [expected]

@@ -51,6 +51,13 @@ def test_goals_of_matmuls():
     assert wanted.limit == pytest.approx(3.5 + 4096**2 * 0.515625 / 3.9e6)
 
 
+def test_what_no_row_tells_is_not_measured():
+    matmuls = list(goals.matmul_goals({"rows": []}))
+    assert {g.found for g in matmuls} == {None} and len(matmuls) == 32 + 4 + 24
+    speeds = list(goals.serving_goals({"rows": []}))
+    assert {g.found for g in speeds} == {None} and len(speeds) == 6
+
+
 def test_the_time_of_as_many_bytes():
     known = [(100, 4.0), (200, 6.0), (400, 9.0)]
     assert [goals._time_of(known, x) for x in (50, 100, 150, 800)] == [4.0, 4.0, 5.0, 18.0]

@@ -1,7 +1,9 @@
 """Tensor parallelism, the exchange: functions on each rank's shard, and what ranks tell each other.
 
 A step exchanges, per layer, the outputs of o and of down (`sum_partial`, [tokens, D] in the model's
-dtype), and once the embeddings (`look_up`, the same size) and the logits (`gather`). Everybody then
+dtype), and once the embeddings (`look_up`, the same size) and the logits (`gather`). Where few
+tokens meet GPUs of one process, sums are left owed (`Unsummed`) and the norm that comes next adds
+them (`add_owed`): a kernel does both over NVLink (pallas_kernels/sum_norm_quantize). Everybody then
 has the same logits, bit for bit, and chooses the same tokens. Gathering them costs a rank
 4 V (1 - 1/ranks) bytes a row, 33 MB for 128 rows of 128k words on 2: a tenth of a millisecond over
 NVLink, where a choice among shards would need a way of its own for every sampling option.
@@ -10,24 +12,47 @@ NVLink, where a choice among shards would need a way of its own for every sampli
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qserve_jax.models.sharding import (
+    EXCHANGE,
     P,
     axis_of,
     cache_spec,
     param_specs,
     rank_config,
+    shardings,
 )
 from qserve_jax.pallas_kernels import prepare_for_backend
-from qserve_jax.quantization.qtensor import Array, KVCache
+from qserve_jax.pallas_kernels.backend import usable
+from qserve_jax.pallas_kernels.sum_norm_quantize import (
+    MAX_RANKS,
+    MAX_ROWS,
+    WIDTH_MULTIPLE,
+    flag_words,
+    sum_norm_quantize,
+)
+from qserve_jax.quantization.qtensor import Array, Int8Activation, KVCache
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Projections that are prepared together."""
+
+SUMS_VARIABLE = "QSERVE_JAX_SUMS"
+"""Environment variable: "nccl" keeps every sum an all-reduce; unset or "auto", the kernel where it
+can. Read in `prepare_model`."""
+
+
+class Unsummed(NamedTuple):
+    """A residual stream x [..., D] that the ranks' products, [..., D], are still to be added to."""
+
+    x: Array
+    partial: Array
 
 
 def on_ranks(
@@ -82,14 +107,48 @@ def sum_partial(partial: Array, axis: str, *added: Array | None) -> Array:
     return y.astype(partial.dtype)
 
 
-def look_up(table: Array, tokens: Array, axis: str | None) -> Array:
-    """Embeddings [..., D] of tokens i32[...]; table [V, D], or a rank's part of it."""
+def add_owed(
+    x: Array | Unsummed,
+    scale: Array,
+    flags: Array | None,
+    *,
+    axis: str | None,
+    eps: float,
+    layer: Array | int | None,
+    backend: str | None,
+) -> tuple[Array, Int8Activation | None]:
+    """A residual stream that owes nothing, and its norm in int8 where sums were owed.
+
+    scale: of the norm, [D], or [L, D] and read at `layer`. flags: of `prepare_model`.
+    """
+    if not isinstance(x, Unsummed):
+        return x, None
+    assert flags is not None and axis is not None
+    layer = layer if scale.ndim == 2 else None
+    return sum_norm_quantize(
+        x.partial, x.x, scale, flags, axis=axis, eps=eps, layer=layer, backend=backend
+    )
+
+
+def flags_of(params: dict, tokens: int) -> Array | None:
+    """The flags of the kernel that adds what is owed, where there are any and it takes so many."""
+    exchange = params["layers"].get(EXCHANGE)
+    return exchange["flags"] if exchange is not None and tokens <= MAX_ROWS else None
+
+
+def look_up(
+    table: Array, tokens: Array, axis: str | None, *, owed: bool = False
+) -> Array | Unsummed:
+    """Embeddings [..., D] of tokens i32[...]; table [V, D], or a rank's part of it.
+
+    owed: leave the sum over the ranks, of one that is not zero, to the norm behind.
+    """
     if axis is None:
         return table[tokens]
     index = tokens - jax.lax.axis_index(axis) * table.shape[0]
     mine = (index >= 0) & (index < table.shape[0])
-    rows = table[jnp.where(mine, index, 0)]
-    return jax.lax.psum(jnp.where(mine[..., None], rows, 0), axis)  # one rank's, exactly
+    rows = jnp.where(mine[..., None], table[jnp.where(mine, index, 0)], 0)
+    return Unsummed(jnp.zeros_like(rows), rows) if owed else jax.lax.psum(rows, axis)
 
 
 def gather(logits: Array, axis: str | None) -> Array:
@@ -100,7 +159,8 @@ def gather(logits: Array, axis: str | None) -> Array:
 
 
 def prepare_model(model: Any, params: dict, *, in_place: bool = False) -> dict:
-    """`prepare_for_backend` of a model's params; on a mesh each rank fuses and packs its own parts.
+    """`prepare_for_backend` of a model's params; on a mesh each rank fuses and packs its own parts,
+    and unless `why_all_reduce` the layers get the flags by which ranks meet in a kernel.
 
     Errors as there.
     """
@@ -108,6 +168,8 @@ def prepare_model(model: Any, params: dict, *, in_place: bool = False) -> dict:
     if model.mesh is None:
         return prepare_for_backend(params, in_place=in_place, **options)
     layers = params["layers"] if in_place else dict(params["layers"])
+    if why_all_reduce(model) is None:
+        layers[EXCHANGE] = _new_flags(model.mesh)
     prepare = functools.partial(prepare_for_backend, **options)
     for names in GROUPS:
         if all(name in layers for name in names):
@@ -138,3 +200,34 @@ def _prepare_group(mesh: Any, prepare: Callable, layers: dict, names: tuple[str,
     for name in names:
         del layers[name]
     layers.update(jax.block_until_ready(prepared)["layers"])
+
+
+def why_all_reduce(model: Any) -> str | None:
+    """Why all sums over a model's ranks are all-reduces; None where the kernel does those of few
+    tokens. Raises ValueError on a QSERVE_JAX_SUMS that is neither."""
+    wish = os.environ.get(SUMS_VARIABLE) or "auto"
+    if wish not in ("auto", "nccl"):
+        raise ValueError(f"{SUMS_VARIABLE}={wish!r} is unknown: use auto or nccl")
+    mesh, config = model.mesh, model.config
+    if wish == "nccl":
+        return f"{SUMS_VARIABLE}=nccl"
+    if mesh is None or mesh.size > MAX_RANKS:
+        return f"the kernel is for 2 to {MAX_RANKS} GPUs"
+    if usable(model.backend) == ("reference",):
+        return "the backend is the reference"
+    if jax.process_count() > 1:
+        return f"{jax.process_count()} processes do not see each other's memory"
+    if [device.id for device in mesh.devices.flat] != [*range(mesh.size)]:
+        return f"the kernel needs the devices 0 to {mesh.size - 1}, in order"
+    if config.o_bias or config.mlp_bias:
+        return "o or down has a bias"
+    if config.hidden_size % WIDTH_MULTIPLE:
+        return f"{config.hidden_size} features are no multiple of {WIDTH_MULTIPLE}"
+    return None
+
+
+def _new_flags(mesh: Any) -> dict[str, Array]:
+    """Zeros on every device before any of them goes on."""
+    zeros = {"flags": np.zeros(mesh.size * flag_words(), np.int32)}
+    specs = param_specs({EXCHANGE: zeros}, axis_of(mesh))
+    return jax.block_until_ready(jax.device_put(zeros, shardings(specs, mesh)[EXCHANGE]))

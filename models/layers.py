@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qserve_jax.models.collectives import sum_partial
+from qserve_jax.models.collectives import Unsummed, sum_partial
+from qserve_jax.models.sharding import EXCHANGE
 from qserve_jax.pallas_kernels import quantized_matmul
 from qserve_jax.pallas_kernels.quantize_activation import (
     quantize_activation,
@@ -49,18 +50,21 @@ def normalized_projections(
     *,
     act_bits: int,
     layer: Array | int | None,
+    normed: Int8Activation | None = None,
     backend: str | None = None,
     **kwargs: Any,
 ) -> list[Array]:
     """`projections` of rms_norm(x, scale, eps), which one kernel normalises and quantises.
 
-    scale: [K], or [L, K] and read at `layer`.
+    scale: [K], or [L, K] and read at `layer`. normed: what that kernel gives, where it is known.
     """
     scale_layer = layer if scale.ndim == 2 else None
     y = rms_norm(x, scale if scale_layer is None else scale[scale_layer], eps)
     y_in = y
     if wants_int8(act_bits, *(part["kernel"] for part in projection_parts(p, names, fused))):
-        y_in = rms_norm_quantize(x, scale, eps=eps, layer=scale_layer, backend=backend)
+        y_in = normed
+        if y_in is None:
+            y_in = rms_norm_quantize(x, scale, eps=eps, layer=scale_layer, backend=backend)
     return projections(
         y, p, names, fused, act_bits=act_bits, x_in=y_in, layer=layer, backend=backend, **kwargs
     )
@@ -92,7 +96,8 @@ def linear(
     residual: Array | None = None,
     backend: str | None = None,
     axis: str | None = None,
-) -> Array:
+    owed: bool = False,
+) -> Any:
     """x [..., K] @ kernel [K, N] (+ bias [N]) (+ residual [..., N]) -> dtype[..., N].
 
     Of an integer matmul the residual is added in float32, before the one rounding; of others after
@@ -103,11 +108,15 @@ def linear(
     layer's, the hook for experiments (qserve_jax/evaluation/yardsticks.py).
     axis: of a mesh whose devices each hold a part of K: of x, quantised for itself, and the kernel.
     Their products, scaled and in `dtype`, are summed before bias and residual are added.
+    owed: leave the sum to the norm behind, and return an `Unsummed`; of a kernel without bias.
     """
     kernel, bias = p["kernel"], p.get("bias")
     if axis is not None:
         own = {"layer": layer, "dtype": dtype, "backend": backend}
-        return sum_partial(linear(x, {"kernel": kernel}, **own), axis, bias, residual)
+        partial = linear(x, {"kernel": kernel}, **own)
+        if owed and residual is not None:
+            return Unsummed(residual, partial)
+        return sum_partial(partial, axis, bias, residual)
     if isinstance(x, Int8Activation):
         added = {"bias": bias, "residual": residual}
         return quantized_matmul(x, kernel, **added, layer=layer, out_dtype=dtype, backend=backend)
@@ -157,10 +166,11 @@ def split_in_place(layers: Params) -> tuple[Params, Params]:
 
     Float leaves are scanned, each step getting its slice. Quantised containers, and the scales of
     the norms that are quantised with their input, stay whole and are read at a layer index, so that
-    kernels stream them from where they lie. Each half has None where the other has a leaf.
+    kernels stream them from where they lie; so do the flags of sums over ranks. Each half has None
+    where the other has a leaf.
     """
     quantized = any(map(is_quantized, jax.tree.leaves(layers, is_leaf=is_quantized)))
-    whole = {name: quantized and name in INPUT_NORMS for name in layers}
+    whole = {name: name == EXCHANGE or (quantized and name in INPUT_NORMS) for name in layers}
 
     def half(keep: bool) -> Params:
         return {

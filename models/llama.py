@@ -15,7 +15,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from qserve_jax.models.collectives import gather, look_up, on_ranks
+from qserve_jax.models.collectives import (
+    Unsummed,
+    add_owed,
+    flags_of,
+    gather,
+    look_up,
+    on_ranks,
+)
 from qserve_jax.models.config import ModelConfig
 from qserve_jax.models.layers import (
     Params,
@@ -30,9 +37,10 @@ from qserve_jax.models.layers import (
     split_in_place,
 )
 from qserve_jax.models.rope import rope_frequencies, rope_turn
+from qserve_jax.models.sharding import EXCHANGE
 from qserve_jax.pallas_kernels import paged_attention, quantized_matmul, rope_append_kv
 from qserve_jax.pallas_kernels.append_kv import rotate, split_heads
-from qserve_jax.pallas_kernels.backend import usable
+from qserve_jax.pallas_kernels.backend import as_int32, usable
 from qserve_jax.pallas_kernels.paged_attention import longest_first
 from qserve_jax.pallas_kernels.paged_attention.reference import attend
 from qserve_jax.pallas_kernels.quantize_activation import quantize_activation
@@ -49,7 +57,7 @@ centre [K, H] or None, layer index, state) -> (output [B, T, N, H], state)."""
 LAYERS_AT_ONCE = 8
 """In one round of the loop, where kernels read quantised layers in place: on a GPU a round costs a
 kernel more, which counts. Float layers are sliced by the loop: XLA copies the slices of a round,
-but can read those of a single layer in place (docs/architecture.md, several devices)."""
+but can read those of a single layer in place (docs/tensor_parallel.md, speed)."""
 
 Tap = Callable[[str, Callable[[], Array]], None]
 """Shown the layer's matmul inputs and heads by name, as thunks; see `calibration.matmul_inputs`."""
@@ -193,10 +201,14 @@ def hidden_states(
         x, state = decoder_layer(model, p, x, layer, turn, attention, state)
         return (x, state), None
 
-    x = look_up(params["embed"]["embedding"], tokens, model.axis)
+    flags = flags_of(params, tokens.size)
+    x = look_up(params["embed"]["embedding"], tokens, model.axis, owed=flags is not None)
     layers = jnp.arange(config.num_layers)
     (x, state), _ = jax.lax.scan(body, (x, state), (layers, scanned), unroll=unroll)
-    return rms_norm(x, params["final_norm"]["scale"], config.rms_norm_eps), state
+    scale, eps = params["final_norm"]["scale"], config.rms_norm_eps
+    options = {"axis": model.axis, "layer": None, "backend": model.backend}
+    x, _ = add_owed(x, scale, flags, eps=eps, **options)
+    return rms_norm(x, scale, eps), state
 
 
 def no_tap(name: str, value: Callable[[], Array]) -> None:
@@ -204,14 +216,19 @@ def no_tap(name: str, value: Callable[[], Array]) -> None:
 
 
 def decoder_layer(model, p, x, layer, turn: Turn, attention: Attention, state, tap: Tap = no_tap):
-    """One layer: x [B, T, D] -> (x, state)."""
-    options = {"layer": layer, "dtype": x.dtype, "backend": model.backend}
+    """One layer: x [B, T, D] -> (x, state). An `Unsummed` x -> another."""
     config, act_bits, backend = model.config, model.act_bits, model.backend
+    eps, owed = config.rms_norm_eps, isinstance(x, Unsummed)
+    exchange = {"axis": model.axis, "eps": eps, "layer": layer, "backend": backend}
+    flags = p[EXCHANGE]["flags"] if owed else None
     with jax.named_scope("attention"):
-        norm = x, p["attn_norm"]["scale"], config.rms_norm_eps
+        x, normed = add_owed(x, p["attn_norm"]["scale"], flags, **exchange)
+        options = {"layer": layer, "dtype": x.dtype, "backend": backend}
+        norm = x, p["attn_norm"]["scale"], eps
         names = ("q_proj", "k_proj", "v_proj")
         tap("q_proj", lambda: rms_norm(*norm))
-        qkv = normalized_projections(*norm, p, names, "qkv_proj", act_bits=act_bits, **options)
+        fused = {"act_bits": act_bits, "normed": normed, **options}
+        qkv = normalized_projections(*norm, p, names, "qkv_proj", **fused)
         qkv = [y.reshape(*y.shape[:-1], -1, config.head_dim) for y in qkv]
         if config.qk_norm:
             q, k, v = split_heads(qkv, config.num_kv_heads)
@@ -227,16 +244,18 @@ def decoder_layer(model, p, x, layer, turn: Turn, attention: Attention, state, t
         tap("o_proj", lambda: heads)
         o = p["o_proj"]
         y = quantize_input(heads, act_bits, o["kernel"], backend=backend)
-        x = linear(y, o, residual=x, axis=model.axis, **options)
+        x = linear(y, o, residual=x, axis=model.axis, owed=owed, **options)
     with jax.named_scope("mlp"):
-        norm = x, p["mlp_norm"]["scale"], config.rms_norm_eps
+        x, normed = add_owed(x, p["mlp_norm"]["scale"], flags, **exchange)
+        norm = x, p["mlp_norm"]["scale"], eps
         names = ("gate_proj", "up_proj")
         tap("gate_proj", lambda: rms_norm(*norm))
-        both = normalized_projections(*norm, p, names, "gate_up_proj", act_bits=act_bits, **options)
+        fused = {"act_bits": act_bits, "normed": normed, **options}
+        both = normalized_projections(*norm, p, names, "gate_up_proj", **fused)
         down = p["down_proj"]
         tap("down_proj", lambda: silu_mul(*split_gate_up(both)))
         y = silu_mul_input(both, act_bits, down["kernel"], backend=backend)
-        return linear(y, down, residual=x, axis=model.axis, **options), state
+        return linear(y, down, residual=x, axis=model.axis, owed=owed, **options), state
 
 
 def lm_logits(config: ModelConfig, params: Params, x: Array, axis: str | None = None) -> Array:
@@ -376,6 +395,9 @@ def prefill(
     """
     lens = {"context_lens": context_lens, "query_lens": query_lens, "rope_lens": rope_lens}
     check_inputs(tokens, "[B, T]", block_table, lens)
+    tokens, block_table, context_lens, query_lens, rope_lens = as_int32(
+        tokens=tokens, block_table=block_table, **lens
+    )
     query_lens = jnp.minimum(context_lens, tokens.shape[1]) if query_lens is None else query_lens
     rope_lens = context_lens if rope_lens is None else rope_lens
     body = functools.partial(

@@ -29,12 +29,15 @@ AXIS = "tensor"
 QUERIES, KEYS = ("q_proj",), ("k_proj", "v_proj", "key_center")
 FFN, VOCABULARY = ("gate_proj", "up_proj"), ("embed", "lm_head")
 FUSED = ("qkv_proj", "gate_up_proj")  # of a prepared tree: each rank's parts side by side
-OUT = (*QUERIES, *KEYS, *FFN, *VOCABULARY, *FUSED)
+EXCHANGE = "exchange"
+"""Of a prepared tree: the flags of the kernel that sums over ranks, i32[ranks * flag_words()]."""
+OUT = (*QUERIES, *KEYS, *FFN, *VOCABULARY, *FUSED, EXCHANGE)
 IN = ("o_proj", "down_proj")
 
 # Of each array the axis of its output features (heads, vocabulary) and that of its inputs.
 AXES = {
     **{"kernel": (-1, -2), "bias": (-1, None), "embedding": (-2, None), "center": (-2, None)},
+    "flags": (-1, None),
     **{name: (-2, -1) for name in ("codes", "group_scale", "group_offset")},
     **{name: (-1, None) for name in ("channel_scale", "scaled_zero")},
 }
@@ -127,9 +130,11 @@ def check_ranks(config: ModelConfig, ranks: int, group_size: int = -1) -> None:
         return
     sizes = [str(i) for i in range(1, config.num_heads + 1) if divides(config, i, group_size)]
     groups = f" in groups of {group_size} inputs" if group_size > 0 else ""
+    cure = ", or quantise with group_size=-1" if divides(config, ranks) else ""
     raise ValueError(
         f"tensor_parallel_size={ranks} does not divide {config.num_heads} query and "
-        f"{config.num_kv_heads} KV heads of {config.head_dim}{groups}: use {' or '.join(sizes)}"
+        f"{config.num_kv_heads} KV heads of {config.head_dim}{groups}: "
+        f"use {' or '.join(sizes)}{cure}"
     )
 
 

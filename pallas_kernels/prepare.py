@@ -67,7 +67,8 @@ def prepare_for_backend(
         if all(name in layers for name in names) and _fusable([layers[name] for name in names]):
             layers[fused] = _fuse([layers.pop(name) for name in names])
     for name in [name for name in layers if pack and fits(layers[name].get("kernel"))]:
-        layers[name] = {**layers[name], "kernel": _pack(layers[name]["kernel"])}
+        packed = pack_layers(layers[name]["kernel"])
+        layers[name] = {**layers[name], "kernel": jax.block_until_ready(packed)}
     return params if in_place else {**params, "layers": layers}
 
 
@@ -77,6 +78,7 @@ def _fuse(parts: list[dict]) -> dict:
     return jax.block_until_ready(fused)
 
 
-def _pack(w: Any) -> Any:
+@jax.jit
+def pack_layers(w: Any) -> Any:
     """A stacked container in the kernel's layout; layer by layer, for the memory it takes."""
-    return jax.block_until_ready(jax.jit(lambda w: jax.lax.map(to_kernel_layout, w))(w))
+    return jax.lax.map(to_kernel_layout, w)

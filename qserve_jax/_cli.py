@@ -16,10 +16,12 @@ import os
 import re
 import sys
 import tempfile
+import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -33,6 +35,10 @@ BACKENDS = ("auto", "mosaic_sm90", "mosaic_mma", "reference")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+GOODBYE_SECONDS = 3
+"""What one of several processes waits for the others after an error."""
+
+
 class UsageError(ValueError):
     """Flags that cannot be used, found before anything is loaded: exit code 2."""
 
@@ -42,6 +48,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UsageError(f"{message} (see --help)")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As of ArgumentParser, but an error has no values of unknown flags: one may be a key."""
+        found, rest = self.parse_known_args(args, namespace)
+        names = [text.partition("=")[0] for text in rest if text.startswith("-")]
+        if rest:
+            what = " ".join(names) or f"{len(rest)} without a flag"
+            self.error(f"unrecognized arguments: {what}")
+        return found
 
     def flag_names(self, message: str) -> str:
         """A message of the library with flags for parameters: --top-p 2.0 for top_p=2.0.
@@ -79,10 +94,19 @@ def run(
     """Call body(argv) and return the exit code: 0, 2 wrong flags, 1 any other error, 130 Ctrl-C.
 
     An error is one line on stderr, `command: error: ...`; with --debug anything but wrong flags
-    raises. A reader that closes our output (`| head`) ends the command quietly with 141.
+    raises. A reader that closes our output (`| head`) ends the command quietly with 141. One of
+    several processes does not return after an error: it exits.
     """
+    code = _run(command, body, argv)
+    if code and _of_several_processes():
+        _exit_now(code)
+    return code
+
+
+def _run(command: str, body: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     prepare_streams()
+    own_the_gpu()
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: show_warning(str(message))
         try:
@@ -98,8 +122,42 @@ def run(
             return 141
         except Exception as error:
             if "--debug" in argv:
-                raise
+                if not _of_several_processes():
+                    raise
+                traceback.print_exc()
             return _fail(command, describe(error), 1)
+
+
+def _of_several_processes() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def _exit_now(code: int) -> NoReturn:
+    """Leave the other processes: together if all do, for which we wait GOODBYE_SECONDS; else alone.
+
+    At a usual exit JAX waits for them for minutes, and for those that died until it aborts.
+    """
+    import jax
+
+    goodbye = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    goodbye.start()
+    goodbye.join(GOODBYE_SECONDS)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
+MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+"""Of a GPU's memory, what JAX takes. Both together are an error to JAX."""
+
+
+def own_the_gpu() -> None:
+    """A command has a GPU to itself: JAX may take 90 % of its memory, where its own default is
+    75 %, unless the environment says how much. Before JAX's first use of a device."""
+    if not any(os.environ.get(name) for name in MEMORY_VARIABLES):
+        os.environ[MEMORY_VARIABLES[1]] = "0.9"
 
 
 def prepare_streams() -> None:
@@ -247,13 +305,22 @@ def text_file(path: str) -> str:
 
 
 def use_chat_template(args: argparse.Namespace, loaded: LoadedModel) -> None:
-    """Give the tokenizer the template of --chat-template. Raises ValueError where it has none to
-    give it to."""
+    """Give the tokenizer the template of --chat-template. Raises ValueError where there is no
+    tokenizer, or it is no template."""
     if args.chat_template is None:
         return
     if loaded.tokenizer is None:
         raise ValueError(f"--chat-template is for a tokenizer, and {args.model} has none")
+    import jinja2
+
     loaded.tokenizer.chat_template = args.chat_template
+    try:
+        loaded.tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        where = f"line {error.lineno}: {error.message}"
+        raise ValueError(f"--chat-template is no Jinja template ({where}): correct it") from None
+    except Exception:  # it may want other messages than these
+        return
 
 
 def add_device_arguments(group: argparse._ArgumentGroup) -> None:

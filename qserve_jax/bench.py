@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 MODELS = ("llama3-8b", "qwen2.5-7b", "llama2-7b", "llama3-70b", "qwen2.5-72b")
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 FORMATS = ("table", "csv", "json")
+GROUP_SIZES = (128, -1)
 BATCHES, CONTEXTS, KV_BITS = (1, 16, 64, 128, 256), (1024, 1536, 4096, 16384), (4, 8, 16)
+FLAGS = {
+    "matmul": ("shapes", "model_shape", "tokens", "group_size"),
+    "attention": ("heads", "batch", "context", "kv_bits"),
+}
+"""Those of one --op only."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +43,8 @@ def bench(argv: Sequence[str]) -> None:
     """Check the flags, measure, print. Raises UsageError before anything runs, then whatever
     measuring raises."""
     args = build_parser().parse_args(argv)
-    args.run(args)
+    with args.parser.errors_name_flags():
+        args.run(args)
 
 
 def bench_kernels(args: argparse.Namespace) -> None:
@@ -47,6 +54,7 @@ def bench_kernels(args: argparse.Namespace) -> None:
         _cli.quiet_libraries()
     from qserve_jax.benchmarks import plot
 
+    check_flags(args)
     if args.op == "attention":
         return bench_attention(args)
     from qserve_jax.benchmarks import report
@@ -65,6 +73,14 @@ def bench_kernels(args: argparse.Namespace) -> None:
     _raise_problems(problems)
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """UsageError where a flag was given that --op does not read."""
+    for op, names in FLAGS.items():
+        given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
+        if given and op != args.op:
+            raise UsageError(f"{given[0]} is of --op {op}, not of --op {args.op}: leave it out")
+
+
 def _raise_problems(problems: list[str]) -> None:
     if problems:
         more = f"; {len(problems) - 1} more above" if len(problems) > 1 else ""
@@ -80,7 +96,9 @@ def bench_attention(args: argparse.Namespace) -> None:
     cases = attention_cases(args)
     saved = checked_save(args)
     if saved is not None and not report.is_attention(saved):
-        raise UsageError(f"--save {args.save} holds results of another --op: name another file")
+        raise UsageError(
+            f"--save {args.save} holds no results of --op attention: name another file"
+        )
     if args.plot and not plot.can_plot():
         raise UsageError("--plot needs matplotlib: pip install 'qserve_jax[plot]'")
     found, problems = saved, []
@@ -101,7 +119,8 @@ def bench_attention(args: argparse.Namespace) -> None:
 
 def attention_cases(args: argparse.Namespace) -> list[Any]:
     """What --heads, --batch, --context and --kv-bits ask for: all combinations, of all of what is
-    not given; without any of them the default cases. Raises UsageError."""
+    not given (of long contexts then small batches); without any of them the default cases. Raises
+    UsageError."""
     from qserve_jax.benchmarks.attention_cases import HEADS, decode_cases, default_cases
 
     heads = tuple(map(parse_heads, args.heads))
@@ -109,7 +128,8 @@ def attention_cases(args: argparse.Namespace) -> list[Any]:
         return default_cases(KV_BITS)
     bits = tuple(dict.fromkeys(args.kv_bits or KV_BITS))
     batches, contexts = tuple(args.batch or BATCHES), tuple(args.context or CONTEXTS)
-    return decode_cases(heads or HEADS, bits, batches, contexts)
+    limited = not (args.batch and args.context)
+    return decode_cases(heads or HEADS, bits, batches, contexts, limited)
 
 
 def parse_heads(text: str) -> tuple[int, int, int]:
@@ -141,20 +161,21 @@ def build_parser() -> _cli.Parser:
     # fmt: off
     add("--op", choices=("matmul", "attention"), default="matmul", help="(default: %(default)s)")
     add("--shapes", nargs="+", metavar="NxK", default=[],
-        help="out features x in features, as 28672x4096")
+        help="matmul: out features x in features, as 28672x4096")
     add("--model-shape", nargs="+", choices=MODELS, metavar="MODEL", default=[],
-        help=f"those of a model: {', '.join(MODELS)} (default: llama3-8b)")
-    add("--tokens", nargs="+", type=positive, metavar="M", default=list(TOKENS),
-        help=f"(default: {' '.join(map(str, TOKENS))})")
-    add("--group-size", nargs="+", type=int, choices=(128, -1), default=[128, -1],
-        help="input features per scale, -1 for one per channel (default: both)")
+        help=f"matmul: those of a model: {', '.join(MODELS)} (default: llama3-8b)")
+    add("--tokens", nargs="+", type=positive, metavar="M", default=[],
+        help=f"matmul: rows of the activation (default: {' '.join(map(str, TOKENS))})")
+    add("--group-size", nargs="+", type=int, choices=GROUP_SIZES, default=[],
+        help="matmul: input features per scale, -1 for one per channel (default: both)")
     add("--heads", nargs="+", metavar="N/K/H", default=[],
         help="attention: query heads/KV heads/head_dim (default: those of six models, Llama-3-8B's"
         " with all batches, contexts and bits, the others with some)")
-    add("--batch", nargs="+", type=positive, metavar="B", default=[],
+    add("--batch", nargs="+", type=_cli.whole_number(1, 2**16), metavar="B", default=[],
         help=f"attention: sequences (default: {' '.join(map(str, BATCHES))})")
-    add("--context", nargs="+", type=positive, metavar="TOKENS", default=[],
-        help=f"attention: cached tokens of each (default: {' '.join(map(str, CONTEXTS))})")
+    add("--context", nargs="+", type=_cli.whole_number(1, 2**20), metavar="TOKENS", default=[],
+        help=f"attention: cached tokens of each (default: {' '.join(map(str, CONTEXTS))}; the"
+        " longest of up to 64 sequences, unless --batch is given, too)")
     add("--kv-bits", nargs="+", type=int, choices=KV_BITS, default=[],
         help="attention: of the cache (default: all); with any of these four, all combinations")
     add("--backend", nargs="+", choices=_cli.BACKENDS[1:], metavar="NAME", default=[],
@@ -168,7 +189,7 @@ def build_parser() -> _cli.Parser:
     add("--quiet", action="store_true", help="only errors and warnings on stderr")
     add("--debug", action="store_true", help="tracebacks, and all JAX has to say")
     # fmt: on
-    kernels.set_defaults(run=bench_kernels)
+    kernels.set_defaults(run=bench_kernels, parser=kernels)
     serving_command.add_parsers(commands)
     return parser
 
@@ -218,8 +239,8 @@ def measure(
     from qserve_jax.benchmarks.matmul import Sweep, run_sweep
 
     def run(bench: Any, backends: tuple[str, ...]) -> None:
-        tokens = tuple(dict.fromkeys(args.tokens))
-        sizes = tuple(dict.fromkeys(args.group_size))
+        tokens = tuple(dict.fromkeys(args.tokens or TOKENS))
+        sizes = tuple(dict.fromkeys(args.group_size or GROUP_SIZES))
         run_sweep(Sweep(shapes, tokens, sizes, backends), bench)
 
     return _measured(args, saved, run)

@@ -99,7 +99,7 @@ def load(
 
     start = clock()
     prompts = [token_ids(place, record, loaded, args) for place, record in records]
-    longest = max(map(len, prompts)) + params.max_tokens
+    longest = max(map(len, prompts)) + args.max_tokens
     llm = _cli.make_llm(args, loaded, len(prompts) * params.n, longest)
     return llm, prompts, seconds + clock() - start
 

@@ -65,7 +65,7 @@ VARIANTS = {
     "mma": ("product", "no_reorder", "scalar", "scalar_unclamped"),
     "wgmma": ("product", "scalar", "scalar_unclamped"),
 }
-WGMMA_TOKENS = mosaic_sm90.MMA_TOKENS + 1
+WGMMA_TOKENS = tuning.MMA_TOKENS + 1
 """From here on; the product takes mma below."""
 
 

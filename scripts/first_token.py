@@ -4,7 +4,8 @@
 
 Writes random weights of that shape to DIR/SHAPE as a native checkpoint, unless it is there, and
 runs `python -m qserve_jax.generate` on it twice, a prompt of 1024 tokens: with an empty compilation
-cache, then with what the first run has left there. The disk cache is warm in both.
+cache, then with what the first run has left there. The disk cache is warm in both. FILE.json is
+written after each.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from typing import Any
 from qserve_jax import QuantConfig
 from qserve_jax.benchmarks.dummy import dummy_model
 from qserve_jax.benchmarks.model_shapes import MODEL_CONFIGS
-from qserve_jax.benchmarks.provenance import ROOT, provenance
+from qserve_jax.benchmarks.provenance import ROOT
+from qserve_jax.benchmarks.report import write_report
 from qserve_jax.checkpoint.native import save_native
 
 PROMPT = 1024
@@ -38,6 +40,15 @@ def write_checkpoint(folder: Path, shape: str) -> None:
 def make(folder: str, shape: str) -> None:
     loaded = dummy_model(MODEL_CONFIGS[shape], QuantConfig())
     save_native(folder, loaded.params, loaded.config, loaded.quant_config)
+
+
+def origin() -> dict[str, Any]:
+    """What `provenance` says in a process of its own: this one must not hold the GPU's memory."""
+    code = "import json; from qserve_jax.benchmarks.provenance import *; "
+    code += "print(json.dumps(provenance()))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=True, env=environment(), stdout=subprocess.PIPE)
+    return json.loads(done.stdout)
 
 
 def environment() -> dict[str, str]:
@@ -75,17 +86,19 @@ def main() -> int:
     parser.add_argument("--shape", choices=MODEL_CONFIGS, default="llama3-8b")
     parser.add_argument("--save", type=Path)
     args = parser.parse_args()
+    if args.save and (args.save.is_dir() or not args.save.parent.is_dir()):
+        parser.error(f"--save {args.save}: name a file in a folder that is there")
     model = args.folder / args.shape
     if not model.exists():
         write_checkpoint(model, args.shape)
-    found: dict[str, Any] = {"model_shape": args.shape, "prompt": PROMPT}
+    found: dict[str, Any] = origin() | {"model_shape": args.shape, "prompt": PROMPT}
     vocab_size = MODEL_CONFIGS[args.shape].vocab_size
     with tempfile.TemporaryDirectory() as cache:
         for name in ("nothing compiled before", "all compiled before"):
             found[name] = generate(model, vocab_size, cache)
             print(f"{name}: {found[name]}", flush=True)
-    if args.save:
-        args.save.write_text(json.dumps(provenance() | found, indent=1) + "\n")
+            if args.save:
+                write_report(args.save, found)
     return 0
 
 

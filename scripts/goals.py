@@ -3,7 +3,7 @@
 python scripts/goals.py [--results docs/results] [--all]
 
 Memory, tokens and exactness are for the tests. Reads h200_w4a8_matmul.json,
-h200_paged_attention.json and h200_serving.json, and prints Markdown.
+h200_paged_attention.json, h200_serving.json and h200_tensor_parallel.json, and prints Markdown.
 """
 
 from __future__ import annotations
@@ -45,10 +45,13 @@ ATTENTION_US: dict[tuple[int, int | None], float] = {  # (batch, tokens of each;
     **{(1, 1024): 4.5, (1, 16384): 11.5, (64, None): 46},
 }
 LLAMA_HEADS = (32, 8, 128)
+ATTENDS = ("quantized", "full")
 TOKENS_PER_S = (  # benchmark, batch, at least; of the first three we aim at the last
     *[("throughput", 256, 13920), ("throughput", 256, 16820), ("throughput", 256, 20000)],
     *[("decode", 1, 450), ("decode", 64, 12000), ("decode", 256, 30000)],
 )
+TIMES_ONE_GPU = {2: 1.6, 4: 2.6}
+"""Tokens/s of Llama-3-70B on so many GPUs, decoding 64 sequences, in units of one GPU's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +110,14 @@ def _llama_limits() -> Iterator[tuple[tuple[int, int], int, float]]:
 
 def attention_goals(report: Row) -> Iterator[Goal]:
     rows = [r for r in report["rows"] if r["backend"] == "mosaic_sm90"]
-    rows = [r for r in rows if r["attends"] == "quantized"]
-    llama = {_case(r): r for r in rows if _heads(r) == LLAMA_HEADS}
+    llama = [r for r in rows if _heads(r) == LLAMA_HEADS]
     known: dict[int, float] = {}  # bytes of a uniform batch: us of the fastest that has so many
-    for (bits, _, context), row in llama.items():
-        if bits == 4 and context:
+    for row in llama:
+        if row["kv_bits"] == 4 and "ctx" in row and row["attends"] == "quantized":
             known[_bytes(row)] = min(row["us"], known.get(_bytes(row), math.inf))
-    for (bits, b, context), row in llama.items():
-        what = f"KV{bits} {b} x {context or 'ragged'}"
+    for row in llama:
+        bits, b, context = _case(row)
+        what = f"KV{bits} {b} x {context or 'ragged'}{_attends(row)}"
         if bits == 16:
             if row["cudnn_bf16_us"]:
                 limit = 1.2 * row["cudnn_bf16_us"]
@@ -128,6 +131,7 @@ def attention_goals(report: Row) -> Iterator[Goal]:
         heads = _heads(row)
         if heads != LLAMA_HEADS and row["kv_bits"] == 4:
             what = f"{'/'.join(map(str, heads))} {row['b']} x {row.get('ctx', 'ragged')}"
+            what += _attends(row)
             limit = _time_of(sorted(known.items()), _bytes(row)) / 0.8
             yield Goal("attention, 80 % of 32/8/128's bandwidth, µs", what, limit, row["us"])
     for row in report["rows"]:
@@ -136,9 +140,24 @@ def attention_goals(report: Row) -> Iterator[Goal]:
     for row in report["append"]:
         if row["kv_bits"] == 4 and row["b"] == 256:
             yield Goal("append of one token each, µs", f"{row['backend']} 256", 4, row["us"])
-    for row in report["prefill"]:
-        limit = 1.1 * row["cudnn_bf16_us"]
-        yield Goal("prefill of 8 x 1024, 1.1 of cuDNN's, µs", row["backend"], limit, row["us"])
+    yield from _prefill_goals(report)
+
+
+def _prefill_goals(report: Row) -> Iterator[Goal]:
+    """Rows without "attends" are "full", which is cuDNN with lengths."""
+    rows = {(r["backend"], r.get("attends", "full")): r for r in report["prefill"]}
+    for backend in dict.fromkeys(backend for backend, _ in rows):
+        for attends in ATTENDS:
+            row = rows.get((backend, attends), {})
+            other = row.get("cudnn_bf16_us")
+            limit, found = (1.1 * other, row["us"]) if other else (math.nan, None)
+            what = f"{backend}, {attends}"
+            yield Goal("prefill of 8 x 1024, 1.1 of cuDNN's, µs", what, limit, found)
+
+
+def _attends(row: Row) -> str:
+    """Said of what is not the default of `LLM`."""
+    return "" if row["attends"] == "quantized" else f", {row['attends']}"
 
 
 def _heads(row: Row) -> tuple[int, int, int]:
@@ -176,10 +195,21 @@ def serving_goals(report: Row) -> Iterator[Goal]:
         yield Goal("Llama-3-8B, tokens/s", f"{bench}, batch {batch}", limit, found, more=True)
 
 
-FILES = {
-    "h200_w4a8_matmul.json": matmul_goals,
-    "h200_paged_attention.json": attention_goals,
-    "h200_serving.json": serving_goals,
+def parallel_goals(report: Row) -> Iterator[Goal]:
+    """With the sums that run by default."""
+    wanted = {"bench": "decode", "model": "llama3-70b", "precision": "w4a8kv4", "batch": 64}
+    rows = [r for r in report["rows"] if (wanted | {"sums": None}).items() <= r.items()]
+    speeds = {row["gpus"]: row["tokens_per_s"] for row in rows}
+    for gpus, limit in TIMES_ONE_GPU.items():
+        found = speeds[gpus] / speeds[1] if {1, gpus} <= speeds.keys() else None
+        yield Goal("Llama-3-70B, times one GPU's tokens/s", f"{gpus} GPUs", limit, found, more=True)
+
+
+FILES = {  # what reads it, what writes it
+    "h200_w4a8_matmul.json": (matmul_goals, "qserve_jax.bench"),
+    "h200_paged_attention.json": (attention_goals, "qserve_jax.bench"),
+    "h200_serving.json": (serving_goals, "qserve_jax.bench"),
+    "h200_tensor_parallel.json": (parallel_goals, "scripts/tensor_parallel.py"),
 }
 
 
@@ -209,11 +239,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="those that are met, too")
     args = parser.parse_args(argv)
     goals: list[Goal] = []
-    for name, find in FILES.items():
+    for name, (find, bench) in FILES.items():
         try:
             goals += find(json.loads((args.results / name).read_text()))
         except FileNotFoundError:
-            print(f"no {name} in {args.results}: measure it with qserve_jax.bench", file=sys.stderr)
+            print(f"no {name} in {args.results}: measure it with {bench}", file=sys.stderr)
             return 1
     print(table(goals, all_of_them=args.all))
     return 0

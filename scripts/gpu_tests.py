@@ -1,8 +1,10 @@
 """Run the tests of kernels, arithmetic, models and the engine on a GPU, and keep what they say.
 
+    python scripts/gpu_tests.py [TESTS ...]
+
 `make test` runs them on a CPU; what must hold on every device is shown on a GPU by the same tests.
-Writes docs/results/gpu_tests_<device>.json after each of the two sets: where it ran, and each test
-file's counts.
+Writes docs/results/gpu_tests_<device>.json after each of the two sets (of the first alone where
+TESTS are given): each test file's counts, and the commit. Files that did not run keep theirs.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -58,6 +61,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("tests", nargs="*", help="files (default: all)")
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--output", type=Path, help="default: docs/results/gpu_tests_<device>.json")
     args = parser.parse_args()
@@ -66,17 +70,21 @@ def main() -> int:
     found = provenance()
     name = found["device"].lower().replace(" ", "_")
     output = args.output or ROOT / "docs" / "results" / f"gpu_tests_{name}.json"
-    content = {**found, "exit_codes": {}, "files": {}}
+    known = json.loads(output.read_text())["files"] if output.exists() else {}
+    ran: dict[str, dict[str, Any]] = {}
+    codes = []
     with tempfile.TemporaryDirectory() as folder:
-        for number, (expression, tests, flags) in enumerate(SETS):
+        for number, (expression, tests, flags) in enumerate(SETS[:1] if args.tests else SETS):
             xml = Path(folder) / f"{number}.xml"
-            code = run_tests(expression, tests, flags, args.processes, xml)
-            content["exit_codes"][expression] = code  # after each: the next may be interrupted
-            content["files"] = counts(Path(folder))
+            codes.append(run_tests(expression, args.tests or tests, flags, args.processes, xml))
+            here = {"commit": found["commit"]}
+            ran = {name: {**count, **here} for name, count in counts(Path(folder)).items()}
+            # After each set: the next may be interrupted.
+            content = {**found, "files": dict(sorted({**known, **ran}.items()))}
             output.write_text(json.dumps(content, indent=2) + "\n")
-    for file, outcome in content["files"].items():
+    for file, outcome in ran.items():
         print(f"{file}: {outcome}")
-    return max(content["exit_codes"].values())
+    return max(codes)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ CONFIGS: dict[str, tuple[Callable, int, int, Any]] = {
     "wgmma, cluster": (mosaic_sm90.matmul, 40, 192, Sm90Config(32, 1, 1, 4, 2)),
     "wgmma, several tiles": (mosaic_sm90.matmul, 130, 64 * 17, Sm90Config(16, 1, 1, 4, 1)),
     "wgmma, last round": (mosaic_sm90.matmul, 40, 320, Sm90Config(64, 2, 1, 4, 1, last=3, lead=2)),
+    "wgmma, blocks along K": (mosaic_sm90.matmul, 40, 192, Sm90Config(64, 2, 2, 2, 1, k_blocks=3)),
     "wgmma, all of it": (mosaic_sm90.matmul, 130, 64 * 33, Sm90Config(32, 1, 4, 2, 2)),
 }
 """name: (matmul, tokens, channels, config)"""

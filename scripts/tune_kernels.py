@@ -2,9 +2,10 @@
 
 python scripts/tune_kernels.py --model-shape llama3-8b --tokens 16 32 64 [--rounds 3]
 
-Starts from the heuristic's config and goes to the fastest neighbour for --rounds rounds; every
-config must give the same output bit for bit. Writes what gains over 1 % to the device's file under
-pallas_kernels/w4a8_matmul/tuned/, after every case, beside the entries that are there.
+Starts from the heuristic's config, or a faster one of those that the design wants tried, and goes
+to the fastest neighbour for --rounds rounds; every config must give the same output bit for bit.
+Writes what gains over 1 % to the device's file under pallas_kernels/w4a8_matmul/tuned/, after every
+case, beside the entries that are there.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def tune(name: str, m: int, n: int, k: int, group_size: int, rounds: int) -> dic
         design.check(config, m, n, k, per_group)
 
     try:
-        best, us, first = climb(start, check, measure, rounds)
+        best, us, first = climb(start, check, measure, rounds, design.others(m, n, k, per_group))
     except RuntimeError as error:  # one case that fails must not lose the others
         print(f"{name} {m=} {n=} {k=} {per_group=}: {error}", flush=True)
         return None

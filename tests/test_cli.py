@@ -54,6 +54,35 @@ def test_errors_are_one_line(capsys, error, code, line):
     assert capsys.readouterr() == ("", line + "\n")
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (None, "0.9")),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".5"}, (None, ".5")),
+        ({"XLA_CLIENT_MEM_FRACTION": ".5"}, (".5", None)),  # both together are an error to JAX
+    ],
+)
+def test_a_command_takes_most_of_the_gpu(monkeypatch, given, expected):
+    seen = []
+    for name in _cli.MEMORY_VARIABLES:
+        monkeypatch.setenv(name, "x")  # so that it is as before afterwards
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    body = lambda _: seen.append(tuple(map(os.environ.get, _cli.MEMORY_VARIABLES)))  # noqa: E731
+    assert _cli.run("command", body, []) == 0 and seen == [expected]
+
+
+def test_a_library_leaves_the_gpu_to_others():
+    code = (
+        "import os, qserve_jax; from qserve_jax import LLM, _cli;"
+        "print([os.environ.get(name) for name in _cli.MEMORY_VARIABLES])"
+    )
+    env = {k: v for k, v in os.environ.items() if k not in _cli.MEMORY_VARIABLES}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout == "[None, None]\n", done.stderr
+
+
 def test_errors_name_flags():
     parser = _cli.Parser(prog="p")
     parser.add_argument("--top-p")

@@ -1,4 +1,4 @@
-"""The Python in README.md and docs/architecture.md runs as printed."""
+"""The Python in README.md and docs/architecture.md runs as printed; what pages name is there."""
 
 import re
 from pathlib import Path
@@ -13,6 +13,10 @@ from qserve_jax import LLM, SamplingParams
 from qserve_jax.models import CausalLM, ModelConfig
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = ("docs", "models", "pallas_kernels", "qserve_jax", "scripts", "tests")
+FILES = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")}
+ELSEWHERE = {"config.json", "generation_config.json", "results.json"}
+"""Of checkpoints, or made by a command."""
 DEMO = Path(qserve_jax.__file__).parent / "assets" / "demo"
 
 
@@ -60,7 +64,29 @@ def test_architecture_pipeline():
     assert [t for t in tokens.tolist() if t >= 0] == best.token_ids
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/architecture.md"])
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_named_files_exist(name):
-    for path in re.findall(r"(?:scripts|tests|docs)/[\w./-]+\.\w+", (ROOT / name).read_text()):
+    text = (ROOT / name).read_text()
+    for path in re.findall(r"(?:scripts|tests|docs)/[\w./-]+\.\w+", text):
         assert (ROOT / path).exists(), path
+    for path in re.findall(r"(?<![*\w])\w+\.(?:py|json)\b", text):
+        assert path in FILES or path in ELSEWHERE, path
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    for path, anchor in re.findall(
+        r"\]\((?!http)([^)#\s]*)(?:#([^)\s]*))?\)", (ROOT / name).read_text()
+    ):
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target.read_text()), f"{path}#{anchor}"
+
+
+def anchors(text: str) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -29,7 +29,7 @@ def result(name):
 
 
 def test_what_options_of_quantize_are_worth():
-    told = prose(DOCS / "architecture.md")
+    told = prose(DOCS / "quantization.md")
     rows = [row for row in result("quantize_options")["rows"] if "as it is" not in row["option"]]
     for row in rows:
         change, error = row["loss_change"], row["loss_change_standard_error"]
@@ -52,7 +52,7 @@ def test_what_the_readme_says_of_qoq():
 
 def test_what_an_8b_model_takes():
     """And that it is within 900 s and 24 GiB, 60 s for round to nearest, 15 s for loading."""
-    told = prose(DOCS / "architecture.md")
+    told = prose(DOCS / "quantization.md")
     qoq, rtn, load = map(result, ("h200_quantize_8b", "h200_quantize_8b_rtn", "h200_load_8b"))
     for name, runs in (("qoq-g128", qoq), ("rtn", rtn)):
         gib = max(run["peak_bytes"] for run in runs["runs"]) / 2**30

@@ -1,5 +1,7 @@
 """The command `python -m qserve_jax.serve`: flags, signals, a kill and a restart."""
 
+import argparse
+import asyncio
 import contextlib
 import http.client
 import os
@@ -9,15 +11,20 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 import qserve_jax
 from qserve_jax import LLM, SamplingParams
+from qserve_jax._cli import use_chat_template
 from qserve_jax.serve import API_KEY_VARIABLE, main
 
 openai = pytest.importorskip("openai", reason="needs the extra dev")
+sockets = pytest.importorskip("qserve_jax.server.process")
 
 DEMO = Path(qserve_jax.__file__).parent / "assets" / "demo"
 KEY = "sk-never-to-be-seen"
@@ -175,6 +182,10 @@ def test_ports_and_flags_that_cannot_be_used(capsys, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert f"--port {port} cannot be listened on" in error_of("--port", port)
+    with sockets.bound_socket("127.0.0.1", 0) as loading:  # another server, not listening yet
+        port = loading.getsockname()[1]
+        with pytest.raises(ValueError, match=f"--port {port} cannot be listened on"):
+            sockets.bound_socket("127.0.0.1", port)
     assert "cannot be listened on" in error_of("--host", "no.such.host.invalid")
     assert "0..65535" in error_of("--port", "65536")
     assert "--grace" in error_of("--grace", "-1")
@@ -183,11 +194,39 @@ def test_ports_and_flags_that_cannot_be_used(capsys, monkeypatch):
     assert "cannot be read (No such file" in error_of("--chat-template", "/no/such/file")
     message = error_of("--coordinator-address", "a:1", "--num-processes=2", "--process-id=0")
     assert "--coordinator-address is set (a:1) but the server runs in one process" in message
+    for flags in (["--apikey", KEY], [f"--apikey={KEY}"], ["--port", "1", KEY, "--apikey"]):
+        message = error_of(*flags)
+        assert "unrecognized arguments: --apikey (see" in message and KEY not in message
+    assert "unrecognized arguments: 1 without a flag" in error_of(KEY)
     for key in ("", "a key", "schlüssel", "sk-\n"):
         message = error_of("--api-key", key)
         assert "--api-key is empty or has spaces" in message and (not key or key not in message)
     monkeypatch.setenv(API_KEY_VARIABLE, f"{KEY} {KEY}")
     assert API_KEY_VARIABLE in (message := error_of()) and KEY not in message
+
+
+def test_an_address_that_is_taken_while_the_model_loads():
+    """As by a server that also came while connections of one before lingered."""
+    with socket.socket() as one, socket.socket() as other:
+        for bound in (one, other):
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(("127.0.0.1", one.getsockname()[1]))
+        other.listen()
+        serving = sockets.serve_app(None, None, one, grace=0, ready=None)
+        with pytest.raises(ValueError, match=r"--port \d+ cannot be listened on \(Address already"):
+            asyncio.run(asyncio.wait_for(serving, 10))
+
+
+def test_a_template_that_is_none():
+    """Found at the start, not by the first client; one that refuses our messages is a template."""
+    loaded: Any = types.SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(DEMO))
+    broken = "{% for m in messages %}\n{{ m.content }"
+    args = argparse.Namespace(chat_template=broken, model="demo")
+    with pytest.raises(ValueError, match=r"^--chat-template is no Jinja template \(line 2: "):
+        use_chat_template(args, loaded)
+    args.chat_template = "{{ raise_exception('begin with a system message') }}"
+    use_chat_template(args, loaded)
+    assert loaded.tokenizer.chat_template == args.chat_template
 
 
 def test_the_extra_is_named(capsys, monkeypatch):

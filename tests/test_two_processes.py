@@ -25,18 +25,24 @@ GENERATE = """-m qserve_jax.generate --prompt Once --prompt Lily --max-tokens 12
 
 def run(*commands, env=None) -> list[str]:
     """The stdout of processes that run together, each on one CPU device."""
+    ended = run_to_end(*commands, env=env)
+    for code, _, error in ended:
+        assert code == 0, error
+    return [out for _, out, _ in ended]
+
+
+def run_to_end(*commands, env=None, seconds=200) -> list[tuple[int, str, str]]:
+    """Their exit codes, stdout and stderr. Raises TimeoutExpired where it takes longer."""
     shared = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
     shared |= {"PYTHONPATH": str(ROOT)} | (env or {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [subprocess.Popen([sys.executable, *c], env=shared, **pipes) for c in commands]
     try:
-        results = [process.communicate(timeout=200) for process in started]
+        results = [process.communicate(timeout=seconds) for process in started]
     finally:
         for process in started:
             process.kill()
-    for process, (_, error) in zip(started, results, strict=True):
-        assert process.returncode == 0, error
-    return [out for out, _ in results]
+    return [(p.returncode, *texts) for p, texts in zip(started, results, strict=True)]
 
 
 def free_address() -> str:
@@ -107,6 +113,44 @@ def test_each_process_reads_its_part_of_an_orbax_checkpoint(tmp_path):
         assert found["own"] < 0.51 * found["whole"]
         # Orbax compresses, which takes about a tenth off random floats, and reads its metadata.
         assert 0.8 * found["own"] < found["read"] < 1.1 * found["own"], found
+
+
+FAILS = """
+import argparse, os, signal, sys
+from qserve_jax import _cli
+
+def body(argv):
+    import jax
+    from jax.experimental.multihost_utils import sync_global_devices
+    address, index, how = argv[:3]
+    size = {"tensor_parallel_size": 2, "num_processes": 2, "process_id": index, "quiet": True}
+    _cli.start_devices(argparse.Namespace(coordinator_address=address, **size))
+    sync_global_devices("all are here")
+    if how == "alike":
+        raise ValueError("the disk is full")
+    if jax.process_index() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    sync_global_devices("one has gone")
+
+sys.exit(_cli.run("two", body))
+"""
+
+
+@pytest.mark.parametrize("how", ["alike", "alone", pytest.param("--debug", marks=pytest.mark.slow)])
+def test_an_error_ends_all_processes_soon(how):
+    """The first does not wait for one that was killed, nor says more than its error; where all
+    have an error, all have the time to say it."""
+    argv = ["-c", FAILS, free_address()]
+    first, second = run_to_end(*([*argv, str(i), how] for i in range(2)), seconds=30)
+    code, _, error = first
+    if how == "alike":
+        assert (code, error) == (1, "two: error: the disk is full\n")
+        assert (second[0], second[2]) == (code, error)
+        return
+    *before, line = error.splitlines()
+    assert code == 1 and line.startswith("two: error: ") and "by peer" in line
+    assert bool(before) == ("Traceback" in error) == (how == "--debug")
+    assert (second[0], second[2]) == (-9, "")
 
 
 @pytest.mark.parametrize(("flags", "words"), [

@@ -7,9 +7,9 @@ from typing import Any
 
 from qserve_jax.pallas_kernels.append_kv import reference
 from qserve_jax.pallas_kernels.backend import (
+    as_int32,
     check_cache,
     check_floats,
-    check_integers,
     dispatch,
     usable,
 )
@@ -37,11 +37,11 @@ def _run(function: str, backend: str | None, *args: Any, **kwargs: Any) -> Any:
     return dispatch("append_kv", there, backend, *args, **kwargs)
 
 
-def _count_tokens(slot_mapping: Array) -> int:
-    if slot_mapping.ndim != 1:
-        raise ValueError(f"slot_mapping {slot_mapping.shape} must be [tokens]: reshape it")
-    check_integers(slot_mapping=slot_mapping)
-    return slot_mapping.shape[0]
+def _slots(slot_mapping: Array) -> Array:
+    (slots,) = as_int32(slot_mapping=slot_mapping)
+    if slots.ndim != 1:
+        raise ValueError(f"slot_mapping {slots.shape} must be [tokens]: reshape it")
+    return slots
 
 
 def append_kv(
@@ -57,17 +57,20 @@ def append_kv(
 
     k, v: float[tokens, K, H]; slot_mapping: i32[tokens], slot = page * page_size + offset.
     A slot of -1, or one outside the cache, writes nothing. Two tokens must not share a slot.
+    Scales and centres of 4 and 8 bits saturate at numerics.MAX_KV_VALUE, 65504, so that values
+    beyond it come back as others; a float16 cache holds them as infinity.
     layer: the layer of a stacked cache. Donate the cache to have it updated in place.
     Under shard_map the kernels need check_vma=False; else the reference runs.
 
     Raises ValueError when shapes or dtypes do not fit, or on a layer that the cache does not have.
     """
     check_cache(cache, layer)
-    expected = (_count_tokens(slot_mapping), cache.num_kv_heads, cache.head_dim)
+    check_floats(k=k, v=v)
+    slots = _slots(slot_mapping)
+    expected = (slots.shape[0], cache.num_kv_heads, cache.head_dim)
     if k.shape != expected or v.shape != expected:
         raise ValueError(f"k {k.shape} and v {v.shape} must be [tokens, K, H] = {expected}")
-    check_floats(k=k, v=v)
-    return _run("append", backend, cache, k, v, slot_mapping, layer=layer)
+    return _run("append", backend, cache, k, v, slots, layer=layer)
 
 
 def rope_append_kv(
@@ -95,9 +98,11 @@ def rope_append_kv(
     Raises ValueError when shapes or dtypes do not fit, or on a layer that the cache does not have.
     """
     check_cache(cache, layer)
-    tokens, kv_heads, h = _count_tokens(slot_mapping), cache.num_kv_heads, cache.head_dim
-    if isinstance(qkv, Array):
-        raise ValueError(f"qkv of shape {qkv.shape} is an array: give [q, k, v], or [qkv] of one")
+    slots = _slots(slot_mapping)
+    tokens, kv_heads, h = slots.shape[0], cache.num_kv_heads, cache.head_dim
+    if not isinstance(qkv, Sequence):
+        raise ValueError(f"qkv is a {type(qkv).__name__}: give [q, k, v], or [qkv] of one")
+    check_floats(**{f"qkv[{i}]": x for i, x in enumerate(qkv)}, cos=cos, sin=sin, center=center)
     shapes = [x.shape for x in qkv]
     first = shapes[0] if shapes else ()
     heads = (first[1] if len(first) == 3 else 0) - (2 * kv_heads if len(qkv) == 1 else 0)
@@ -107,11 +112,9 @@ def rope_append_kv(
             f"q, k and v {shapes} must be [tokens, N, H] and twice [tokens, K, H], or one "
             f"[tokens, N + 2K, H], with tokens={tokens}, K={kv_heads}, H={h}"
         )
-    for x in qkv:
-        check_floats(qkv=x)
     if cos.shape != (tokens, h // 2) or sin.shape != cos.shape:
         raise ValueError(f"cos {cos.shape} and sin {sin.shape} must be {(tokens, h // 2)}")
     if center is not None and center.shape != (kv_heads, h):
         raise ValueError(f"center {center.shape} must be [K, H] = {(kv_heads, h)}")
     options = {"center": center, "layer": layer}
-    return _run("rope_append", backend, qkv, cos, sin, cache, slot_mapping, **options)
+    return _run("rope_append", backend, qkv, cos, sin, cache, slots, **options)

@@ -7,6 +7,7 @@
     threads       where a thread stands; threads that meet, and reduce over a warp
     memory        addresses, loads, stores
     barriers      mbarriers
+    peers         memory of the other devices of a mesh
     async_copies  cp.async, bulk copies, TMA
     tensor_cores  mma, wgmma, and the matrices they take
     target        the compute capability to lower for
@@ -26,6 +27,7 @@ from qserve_jax.pallas_kernels.intrinsics.async_copies import (
     copy_16_bytes,
     copy_tile_to_shared,
     copy_to_shared,
+    send_words,
     tensor_map,
     wait_all_copies,
     wait_copies,
@@ -54,6 +56,7 @@ from qserve_jax.pallas_kernels.intrinsics.memory import (
     load_cluster,
     load_global,
     load_shared,
+    load_shared_by_devices,
     shared_address,
     store_global,
     store_shared,
@@ -69,6 +72,13 @@ from qserve_jax.pallas_kernels.intrinsics.packed import (
     pack_halves,
     pick_bytes,
     unpack_halves,
+)
+from qserve_jax.pallas_kernels.intrinsics.peers import (
+    address_on,
+    load_flag,
+    own_rank,
+    raise_flag,
+    wait_for_flag,
 )
 from qserve_jax.pallas_kernels.intrinsics.registers import (
     F32,
@@ -107,6 +117,7 @@ from qserve_jax.pallas_kernels.intrinsics.tensor_cores import (
 from qserve_jax.pallas_kernels.intrinsics.threads import (
     any_lane,
     arrive_at_block,
+    arrive_at_cluster,
     block_index,
     cluster_rank,
     exchange,
@@ -117,6 +128,7 @@ from qserve_jax.pallas_kernels.intrinsics.threads import (
     sync_warp,
     thread_index,
     value_of_lane,
+    wait_for_cluster,
     warp_index,
     warp_max,
     warp_sum,
@@ -137,10 +149,12 @@ __all__ = [
     "add_bytes",
     "add_halves",
     "address_in_block",
+    "address_on",
     "any_lane",
     "architecture",
     "arrive",
     "arrive_at_block",
+    "arrive_at_cluster",
     "arrive_in_block",
     "bits_float",
     "block_index",
@@ -167,9 +181,11 @@ __all__ = [
     "init_barrier",
     "launch",
     "load_cluster",
+    "load_flag",
     "load_global",
     "load_matrix",
     "load_shared",
+    "load_shared_by_devices",
     "load_words",
     "loop",
     "low_bytes",
@@ -183,13 +199,16 @@ __all__ = [
     "multiply_add",
     "multiply_add_halves",
     "opaque",
+    "own_rank",
     "pack_halves",
     "pick_bytes",
     "publish_barriers",
+    "raise_flag",
     "reciprocal",
     "rsqrt",
     "select",
     "select_float",
+    "send_words",
     "set_max_registers",
     "shared_address",
     "store_global",
@@ -208,6 +227,8 @@ __all__ = [
     "wait",
     "wait_all_copies",
     "wait_copies",
+    "wait_for_cluster",
+    "wait_for_flag",
     "warp_index",
     "warp_max",
     "warp_sum",

@@ -2,15 +2,17 @@
 
 By the threads themselves (cp.async, from sm_80 on), which wait for groups of their own copies; and
 by the copy engine (Hopper), which arrives on a barrier: of consecutive bytes, or of a tile (TMA).
+Beside them registers that a thread sends to another block's shared memory, which arrive likewise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jaxlib.mlir.dialects import llvm
 
-from qserve_jax.pallas_kernels.intrinsics._mlir import do_ptx
+from qserve_jax.pallas_kernels.intrinsics._mlir import do_ptx, vector
 from qserve_jax.pallas_kernels.intrinsics.memory import Address
 from qserve_jax.pallas_kernels.intrinsics.registers import I32
 
@@ -80,3 +82,18 @@ def copy_tile_to_shared(
         f"{multicast} [$0], [$1, {{$2, $3}}], [$4]{mask};"
     )
     do_ptx(code, target, descriptor, column, row, barrier)
+
+
+# To another block
+
+
+def send_words(address: I32, values: Sequence[I32], barrier: I32, offset: int = 0) -> None:
+    """Starts to store four words, aligned to all of them; 16 bytes on the barrier.
+
+    address, barrier: of `address_in_block`, both of the same block.
+    """
+    code = (
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
+        f"[$0+{offset}], {vector(1, 4)}, [$5];"
+    )
+    do_ptx(code, address, *values, barrier)

@@ -25,6 +25,7 @@ def launch(
     barriers: int = 0,
     cluster: int = 1,
     with_context: bool = False,
+    peers: bool = False,
     updated: Sequence[jax.Array] = (),
     arch: tuple[int, int] | None = None,
 ) -> Any:
@@ -38,7 +39,9 @@ def launch(
     shared_bytes: of scratch, the argument `shared`.
     barriers: room for that many mbarriers; where there are none, body has no such argument.
     cluster: of so many consecutive blocks, which divides their number.
-    with_context: body(context, *inputs, ...), for `tensor_map`.
+    with_context: body(context, *inputs, ...), for `tensor_map` and other devices (peers.py).
+    peers: whether body reaches other devices, and waits for them by flags of its own: JAX's barrier
+      before such kernels is left out.
     arch: the compute capability to lower for, see `architecture`; None for the GPU's. With one
       output only.
 
@@ -55,18 +58,14 @@ def launch(
         plgpu.inline_mgpu(arg_types=(ref,) * len(refs), return_type=())(inline)(*refs)
 
     kernel.__name__ = name
-    shape: dict[str, Any] = {}
-    if warpgroups > 1:
-        shape |= {"num_threads": warpgroups, "thread_name": "warpgroup"}
-    if cluster > 1:
-        shape |= {"cluster": (cluster,), "cluster_names": ("rank",)}
-    shape |= {"grid": (blocks // cluster,), "grid_names": ("block",)}
+    shape = _shape(blocks, warpgroups, cluster)
     scratch = [plgpu.SMEM((words,), jnp.int32) for words in (shared_bytes // 4, 2 * barriers)]
     scratch = scratch if barriers else scratch[:1]
     params = plgpu.CompilerParams(
         lowering_semantics=plgpu.LoweringSemantics.Lane,
         unsafe_no_auto_barriers=True,
         reduction_scratch_bytes=0,
+        skip_device_barrier=peers,
     )
     if updated:
         _check_unchecked(updated, name)
@@ -81,6 +80,16 @@ def launch(
     if arch is not None or with_context:  # a tensor map has the operand's own rank
         call = jax.custom_batching.sequential_vmap(call)
     return _for_gpus_without_derivative(call, name)(*inputs)
+
+
+def _shape(blocks: int, warpgroups: int, cluster: int) -> dict[str, Any]:
+    """Of a `plgpu.Mesh`, which has warpgroups and clusters only where there are several."""
+    shape: dict[str, Any] = {}
+    if warpgroups > 1:
+        shape |= {"num_threads": warpgroups, "thread_name": "warpgroup"}
+    if cluster > 1:
+        shape |= {"cluster": (cluster,), "cluster_names": ("rank",)}
+    return shape | {"grid": (blocks // cluster,), "grid_names": ("block",)}
 
 
 def _update(

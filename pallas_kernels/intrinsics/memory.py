@@ -56,6 +56,12 @@ def load_global[R: (I32, F32)](address: Address, *, count: int = 1, kind: type[R
     return _load("global.nc", address, 0, count, kind)
 
 
+def load_shared_by_devices(address: Address, *, count: int = 1) -> list[I32]:
+    """`count` (1, 2, 4) words, aligned to all of them, that another device may have written before
+    it raised a flag (peers.py)."""
+    return _load("relaxed.sys.global", address, 0, count, I32)
+
+
 def store_shared(address: I32, value: I32 | F32, offset: int = 0) -> None:
     """One word."""
     do_ptx(f"st.shared{_suffix(type(value), 1)} [$0+{offset}], $1;", address, value)

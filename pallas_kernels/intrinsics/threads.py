@@ -52,6 +52,18 @@ def sync_cluster() -> None:
     )
 
 
+def arrive_at_cluster() -> None:
+    """The first half of `meet_cluster`, which does not wait."""
+    sync_warp()
+    do_ptx("barrier.cluster.arrive.relaxed.aligned;", convergent=True)
+
+
+def wait_for_cluster() -> None:
+    """The second half."""
+    sync_warp()
+    do_ptx("barrier.cluster.wait.aligned;", convergent=True)
+
+
 def meet_cluster() -> None:
     """As `sync_cluster`, but orders no memory, and so waits for none: before a block ends, from
     whose shared memory others have loaded what they have stored since."""

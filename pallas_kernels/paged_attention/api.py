@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from qserve_jax.pallas_kernels.backend import (
+    as_int32,
     check_cache,
     check_floats,
     check_integers,
+    check_pages,
     dispatch,
+    is_whole,
     usable,
 )
 from qserve_jax.pallas_kernels.paged_attention import reference
@@ -46,6 +48,9 @@ ATTENTION_BACKENDS = {
     "reference": _reference,
 }
 ATTENDS = ("full", "quantized")
+LARGEST = 1e18
+"""Of sm_scale and softcap: scores are then smaller than what masks them, and quotients of the two
+finite in float32."""
 
 
 def _check(
@@ -58,7 +63,7 @@ def _check(
     check_cache(cache, layer)
     b, t, n, h = q.shape
     k = cache.num_kv_heads
-    if h != cache.head_dim or n % k:
+    if h != cache.head_dim or n % k or not n:
         raise ValueError(f"q {q.shape} does not fit a cache of {k} heads of {cache.head_dim}")
     if block_table.shape[:1] != (b,) or block_table.ndim != 2 or context_lens.shape != (b,):
         raise ValueError(
@@ -68,23 +73,36 @@ def _check(
     for name, x in (("query_lens", query_lens), ("order", order)):
         if x is not None and x.shape != (b,):
             raise ValueError(f"{name} {x.shape} must be [B] with B={b}")
-    if attends == "full":
-        shapes = [None if x is None else x.shape for x in (new_k, new_v)]
-        if shapes != [(b, t, k, h)] * 2:
-            raise ValueError(f"attends='full' needs new_k and new_v {(b, t, k, h)}, got {shapes}")
-        check_floats(new_k=new_k, new_v=new_v)
-    check_floats(q=q)
-    check_integers(
-        block_table=block_table, context_lens=context_lens, query_lens=query_lens, order=order
-    )
+    shapes = [None if x is None else x.shape for x in (new_k, new_v)]
+    may = [(b, t, k, h)] if attends == "full" else [None, (b, t, k, h)]
+    if any(shape not in may for shape in shapes):
+        raise ValueError(f"{attends=} needs new_k and new_v {may[-1]}, got {shapes}")
 
 
-def _check_options(window: int | None, softcap: float | None) -> None:
-    fits = isinstance(window, int | np.integer) and 0 < window < 2**31
-    if window is not None and not fits:
-        raise ValueError(f"window={window} is no number of positions: use 1..2**31 - 1 or None")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap={softcap} caps nothing: use one above 0, or None")
+def _check_options(sm_scale: Any, window: Any, softcap: Any) -> None:
+    if not (sm_scale is None or (_is_number(sm_scale) and abs(sm_scale) <= LARGEST)):
+        raise ValueError(
+            f"sm_scale={_said(sm_scale)} is no number in -{LARGEST:g}..{LARGEST:g}: "
+            "give a Python float, or None"
+        )
+    if not (window is None or (is_whole(window) and window < 2**31)):
+        raise ValueError(
+            f"window={_said(window)} is no number of positions: use 1..2**31 - 1 or None"
+        )
+    if not (softcap is None or (_is_number(softcap) and 1 / LARGEST <= softcap <= LARGEST)):
+        raise ValueError(
+            f"softcap={_said(softcap)} caps nothing: give a Python float in "
+            f"{1 / LARGEST:g}..{LARGEST:g}, or None"
+        )
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool)
+
+
+def _said(x: Any) -> str:
+    """Of what may take several lines only the type."""
+    return str(x) if isinstance(x, int | float | complex | str) else type(x).__name__
 
 
 def paged_attention(
@@ -110,7 +128,7 @@ def paged_attention(
     block_table: i32[B, max_pages], page ids in order, -1 for none (vLLM's).
     context_lens: i32[B], tokens of each sequence, the new ones counted; 0 gives zeros.
     query_lens: i32[B], how many of the T tokens are real (right padding), at most context_lens;
-      default min(T, context_lens): one token, or a fresh prompt.
+      default min(T, context_lens): one token, or a fresh prompt. Beyond these it is clamped.
     attends: "full" reads new_k, new_v float[B, T, K, H] unquantised, and the pages for the tokens
       before them (QServe's way); "quantized" reads every token, the new ones included, as stored,
       so that the result does not depend on how a prompt was split (append first). new_k and new_v
@@ -118,18 +136,27 @@ def paged_attention(
     window: a query sees the last `window` positions, its own included. softcap: tanh cap of scores.
     sm_scale: factor of the scores, default H**-0.5.
     order: i32[B], a permutation, the order in which a kernel takes the rows, see `longest_first`;
-      it changes no result.
+      it changes no result. Rows that it leaves out may hold anything.
     Returns q's shape and dtype. Outputs of padding tokens are finite and meaningless.
 
+    Integers may be of any dtype. The kernels multiply in float16 where several tokens are new or
+    the cache has 4 or 8 bits: numbers of q, k and v up to 65504. With one new token the values of
+    one V in the cache may span 1900 at 4 bits and 2000 at 8. Beyond these they may return NaN; the
+    reference does not.
+
     Raises ValueError when shapes, dtypes or options do not fit. Page ids out of range are masked,
-    not read; check concrete arrays with `validate_paged_inputs`.
+    not read; check concrete arrays, query_lens and order too, with `validate_paged_inputs`.
     """
+    check_floats(q=q, new_k=new_k, new_v=new_v)
+    block_table, context_lens, query_lens, order = as_int32(
+        block_table=block_table, context_lens=context_lens, query_lens=query_lens, order=order
+    )
     single = q.ndim == 3
     if single:
         q = q[:, None]
         new_k, new_v = (x[:, None] if x is not None and x.ndim == 3 else x for x in (new_k, new_v))
     _check(q, cache, block_table, context_lens, new_k, new_v, query_lens, order, attends, layer)
-    _check_options(window, softcap)
+    _check_options(sm_scale, window, softcap)
     if query_lens is None:
         query_lens = jnp.minimum(context_lens, q.shape[1])
     op = "paged_attention" if q.shape[1] == 1 else "prefill_attention"
@@ -160,17 +187,24 @@ def longest_first(context_lens: Array) -> Array:
 
     Once for all layers of a step, outside their scan.
     """
-    return jnp.argsort(-context_lens).astype(jnp.int32)
+    (lens,) = as_int32(context_lens=context_lens)
+    if lens.ndim != 1:
+        raise ValueError(f"context_lens {lens.shape} must be [B]")
+    return jnp.argsort(-lens).astype(jnp.int32)
 
 
-def validate_paged_inputs(cache: KVCache, block_table, context_lens) -> None:
+def validate_paged_inputs(
+    cache: KVCache, block_table, context_lens, query_lens=None, order=None
+) -> None:
     """Check concrete page ids and lengths (not traceable), for callers that build their own tables.
 
-    block_table: i32[B, max_pages], context_lens: i32[B].
-    Raises ValueError naming the first sequence whose length its pages cannot hold, or whose needed
-    page ids lie outside the cache; or when shapes or dtypes do not fit.
+    block_table: i32[B, max_pages], context_lens: i32[B]; query_lens, order: i32[B] or None.
+    Raises ValueError naming the first sequence whose length its pages cannot hold, whose needed
+    page ids lie outside the cache, or whose query_lens is not in 0..context_lens; when order is no
+    permutation; or when the cache, shapes or dtypes do not fit.
     """
-    table, lens = np.asarray(block_table), np.asarray(context_lens)
+    check_pages(cache)
+    table, lens = _concrete("block_table", block_table), _concrete("context_lens", context_lens)
     if table.ndim != 2 or lens.shape != table.shape[:1]:
         raise ValueError(
             f"block_table {table.shape} and context_lens {lens.shape} must be "
@@ -178,8 +212,10 @@ def validate_paged_inputs(cache: KVCache, block_table, context_lens) -> None:
         )
     check_integers(block_table=table, context_lens=lens)
     for row, (ids, length) in enumerate(zip(table, lens, strict=True)):
+        if length < 0:
+            raise ValueError(f"sequence {row} has length {length}: use 0 or more")
         needed = -(-int(length) // cache.page_size)
-        if length < 0 or needed > len(ids):
+        if needed > len(ids):
             raise ValueError(
                 f"sequence {row} has length {length} but its block table holds "
                 f"{len(ids)} pages of {cache.page_size} tokens: widen it"
@@ -191,3 +227,30 @@ def validate_paged_inputs(cache: KVCache, block_table, context_lens) -> None:
                 f"sequence {row} names page {bad[0]} within its {length} tokens but the cache has "
                 f"pages 0..{cache.num_pages - 1}: allocate it"
             )
+    _validate_rows(lens, query_lens, order)
+
+
+def _validate_rows(lens: np.ndarray, query_lens, order) -> None:
+    given = {"query_lens": query_lens, "order": order}
+    rows = {name: _concrete(name, x) for name, x in given.items() if x is not None}
+    for name, x in rows.items():
+        if x.shape != lens.shape:
+            raise ValueError(f"{name} {x.shape} must be [B] with B={len(lens)}")
+    check_integers(**rows)
+    counts = rows.get("query_lens", lens)
+    for row in np.flatnonzero((counts < 0) | (counts > lens))[:1]:
+        raise ValueError(
+            f"sequence {row} has query_lens {counts[row]} of length {lens[row]}: use one of "
+            f"0..{lens[row]}"
+        )
+    if "order" in rows and sorted(rows["order"]) != list(range(len(lens))):
+        raise ValueError(
+            f"order is no permutation of the {len(lens)} rows: use longest_first(context_lens)"
+        )
+
+
+def _concrete(name: str, x: Any) -> np.ndarray:
+    try:
+        return np.asarray(x)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is ragged or traced: give an array of numbers") from None

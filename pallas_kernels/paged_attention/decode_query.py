@@ -95,6 +95,8 @@ def _query(p: Problem, t: Thread, asked: list[list[I32]]) -> Query:
     fragments, total, correction = [], ptx.constant_float(0), ptx.constant_float(0)
     for words in asked:
         if p.group % COLUMNS:
+            # Zeros for columns without a query head, which would repeat the last one's. No result
+            # depends on it, as nothing of theirs is stored; kernels were measured with it.
             words = [ptx.select(t.g < t.block_heads, w, 0) for w in words]
         values = ptx.floats_of(words, p.q_dtype)
         for eight in (values[i : i + 8] for i in range(0, len(values), 8)):

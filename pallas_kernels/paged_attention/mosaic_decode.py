@@ -1,4 +1,5 @@
-"""The body of decode attention, which both backends share; they differ in how pages are copied.
+"""The body of decode attention, which both backends share; they differ in how pages are copied,
+and only one has clusters.
 
 How it works, on one page: docs/paged_attention.md.
 """
@@ -63,7 +64,7 @@ class Copies(Protocol):
         ...
 
     def release(self, slot: I32) -> None:
-        """This warp has read the slot."""
+        """This thread has read from the slot all that it needs; by all threads of the worker."""
 
     def refill(self, work: Work, i: I32, slot: I32, parity: I32, later: I32) -> None:
         """Ask for page i + stages, whose id is `later`, when the slot is free."""

@@ -45,6 +45,7 @@ from qserve_jax.pallas_kernels.paged_attention.prefill_problem import (
 )
 from qserve_jax.pallas_kernels.paged_attention.prefill_rows import Block, State
 from qserve_jax.pallas_kernels.paged_attention.prefill_tile import Source
+from qserve_jax.pallas_kernels.paged_attention.problem import real_tokens
 from qserve_jax.quantization.qtensor import Array, KVCache
 
 THREADS = 32 * WARPS
@@ -66,6 +67,7 @@ def attention(
 ) -> Array:
     """See `api.paged_attention`; q is [B, T, N, H]. Prompts that have no pages before them, and
     attend to themselves unquantised, are cuDNN's where there is one."""
+    query_lens = real_tokens(query_lens, context_lens, q.shape[1])
     if cudnn_prefill.takes(q, block_table, new_k, attends, options["softcap"]):
         with contextlib.suppress(NotImplementedError):
             return cudnn_prefill.attention(q, new_k, new_v, query_lens, options)

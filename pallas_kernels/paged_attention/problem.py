@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import jax.numpy as jnp
+
 from qserve_jax.pallas_kernels.page_layout import PageLayout
+from qserve_jax.quantization.qtensor import Array
 
 HALVES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)
@@ -56,3 +59,8 @@ def refuse(backend: str, found: str, fits: bool, needs: object, taker: str = "th
     """Raises NotImplementedError, unless it fits."""
     if not fits:
         raise NotImplementedError(f"{backend}: {found}, but {taker} takes {needs}")
+
+
+def real_tokens(query_lens: Array, context_lens: Array, tokens: int) -> Array:
+    """query_lens in 0..min(tokens, context_lens): how many of the new tokens are read."""
+    return jnp.maximum(jnp.minimum(query_lens, jnp.minimum(context_lens, tokens)), 0)

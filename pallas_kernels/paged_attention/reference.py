@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from qserve_jax.pallas_kernels.paged_attention.problem import real_tokens
 from qserve_jax.quantization.numerics import dequantize_kv
 from qserve_jax.quantization.packing import split_page_words, unpack_kv_codes, unpack_kv_scales
 from qserve_jax.quantization.qtensor import Array, KVCache
@@ -34,7 +38,7 @@ def attend(
     Returns q's shape and dtype; float32 inside. Invalid keys and values may hold anything, NaN
     included, also where gradients are taken.
     """
-    b, t, n, h = q.shape
+    b, _, n, h = q.shape
     heads = k.shape[2]
     group = n // heads
     scale = h**-0.5 if sm_scale is None else sm_scale
@@ -55,15 +59,26 @@ def attend(
         if window is not None:
             seen &= distance < window
         seen = jnp.repeat(seen, group, axis=1)[:, None]
-        scores = jnp.where(seen, scores, MASKED)
-        top = scores.max(-1, keepdims=True, initial=-jnp.inf)  # S may be 0
-        weights = jnp.where(seen, jnp.exp(scores - top), 0)
-        total = weights.sum(-1, keepdims=True)
-        total = jnp.where(total > 0, total, 1)  # a query that sees nothing
+        weights, total = _weigh(scores, seen)
         out = jnp.einsum("BKMS,BSKH->BKMH", weights, v, precision="highest") / total
         out = out.reshape(b, heads, length, group, h)
         return jnp.swapaxes(out, 1, 2).reshape(b, length, n, h)
 
+    return _by_blocks(one_block, q, q_positions)
+
+
+def _weigh(scores: Array, seen: Array) -> tuple[Array, Array]:
+    """Weights relative to the largest, zeros where nothing is seen, and what to divide by."""
+    scores = jnp.where(seen, scores, MASKED)
+    top = scores.max(-1, keepdims=True, initial=-jnp.inf)  # S may be 0
+    weights = jnp.where(seen, jnp.exp(scores - top), 0)
+    total = weights.sum(-1, keepdims=True)
+    return weights, jnp.where(total > 0, total, 1)  # a query that sees nothing
+
+
+def _by_blocks(one_block: Callable[[Any], Array], q: Array, q_positions: Array) -> Array:
+    """one_block((queries, positions)) for QUERY_BLOCK queries after the other, in q's dtype."""
+    b, t, n, h = q.shape
     if t <= QUERY_BLOCK:
         return one_block((q, q_positions)).astype(q.dtype)
     padding = -t % QUERY_BLOCK
@@ -117,6 +132,7 @@ def paged_attention(
 ) -> Array:
     """See `api.paged_attention`; q is [B, T, N, H]."""
     b, t = q.shape[:2]
+    query_lens = real_tokens(query_lens, context_lens, t)
     start = (context_lens - query_lens)[:, None]
     q_positions = start + jnp.arange(t)
     k, v = read_pages(cache, block_table, layer=layer)

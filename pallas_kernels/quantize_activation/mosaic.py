@@ -175,6 +175,13 @@ def _load_normalized(
         scale = scale.advance(_clamped_layer(norm, layer), p.width * _itemsize(norm.dtype))
     row = _load_row(p, t, x)
     weights = [_load_vector(p, t, scale, norm.dtype, v) for v in range(p.vectors)]
+    return _normalized(norm, p, t, row, weights)
+
+
+def _normalized(
+    norm: _Norm, p: _Problem, t: _Thread, row: list[list[I32]], weights: list[list[I32]]
+) -> list[list[I32]]:
+    """The row over its root mean square, times the weights. The block meets in it once."""
     squares = [_tree(F32.__add__, [v * v for v in ptx.floats_of(words, p.dtype)]) for words in row]
     total = ptx.warp_sum_float(_tree(F32.__add__, squares))
     mean = _tree(F32.__add__, _all_warps(p, t, 0, total)) / ptx.constant_float(p.width)

@@ -43,14 +43,15 @@ ROWS, FEATURES = 16, 128  # of one block
 BLOCKS = 4  # beside each other
 CODE_WORDS, SCALE_WORDS = 256, 8
 
-# A channel is [t, g // 2, hi, g % 2] and a feature [kc, h, v, c, i]; t and kc number the blocks
-# along N and K, hi picks the nibble. The axes of both, in the order of the words:
-_CHANNEL, _FEATURE = (4, 2, 2), (2, 4, 4, 4)
-_TO_WORDS = (0, 4, 5, 1, 3, 7, 6, 8, 2)
-_FROM_WORDS = tuple(_TO_WORDS.index(axis) for axis in range(9))
+# A channel is [t, b, g // 2, hi, g % 2], a feature [kc, h, v, c, i]: t numbers the 64 channels, b
+# the blocks in them, kc the blocks along K; hi picks the nibble. The axes of both, in the order of
+# the words (one transposition: XLA made two, and the second of a whole stack, after the loop):
+_CHANNEL, _FEATURE = (BLOCKS, 4, 2, 2), (2, 4, 4, 4)
+_TO_WORDS = (0, 5, 1, 6, 2, 4, 8, 7, 9, 3)
+_FROM_WORDS = tuple(_TO_WORDS.index(axis) for axis in range(10))
 # And those of the scales, [*channel, kc, (scale, offset)].
-_TO_SCALES = (0, 4, 1, 3, 2, 5)
-_FROM_SCALES = tuple(_TO_SCALES.index(axis) for axis in range(6))
+_TO_SCALES = (0, 5, 1, 2, 4, 3, 6)
+_FROM_SCALES = tuple(_TO_SCALES.index(axis) for axis in range(7))
 
 
 def weight_shape(w: QuantizedWeight) -> tuple[int, int]:
@@ -93,12 +94,12 @@ def to_kernel_layout(w: W4PerGroup | W4PerChannel) -> W4PerGroup | W4PerChannel:
         )
     words = _code_words(unpack_nibbles(w.codes))
     if isinstance(w, W4PerChannel):
-        return dataclasses.replace(w, codes=_side_by_side(words), layout=LAYOUT)
+        return dataclasses.replace(w, codes=words, layout=LAYOUT)
     scales = _scale_words(w.group_scale, w.group_offset)
     none = (*w.codes.shape[:-2], 0, 0)
     return dataclasses.replace(
         w,
-        codes=_side_by_side(jnp.concatenate([words, scales], axis=-1)),
+        codes=jnp.concatenate([words, scales], axis=-1),
         group_scale=jnp.zeros(none, jnp.uint8),
         group_offset=jnp.zeros(none, jnp.int8),
         layout=LAYOUT,
@@ -115,7 +116,7 @@ def from_kernel_layout[W: QuantizedWeight](w: W) -> W:
         return w
     if w.layout != LAYOUT:
         raise ValueError(f"layout {w.layout!r} is unknown: need 'canonical' or {LAYOUT!r}")
-    words = _one_by_one(w.codes)
+    words = w.codes
     codes = pack_nibbles(_codes(words[..., :CODE_WORDS]))
     if isinstance(w, W4PerChannel):
         return dataclasses.replace(w, codes=codes, layout="canonical")
@@ -123,18 +124,6 @@ def from_kernel_layout[W: QuantizedWeight](w: W) -> W:
     return dataclasses.replace(
         w, codes=codes, group_scale=scale, group_offset=offset, layout="canonical"
     )
-
-
-def _side_by_side(words: Array) -> Array:
-    """i32[..., N/16, K/128, words] -> [..., N/64, K/128, 4, words]."""
-    *lead, t, kc, size = words.shape
-    return words.reshape(*lead, t // BLOCKS, BLOCKS, kc, size).swapaxes(-3, -2)
-
-
-def _one_by_one(words: Array) -> Array:
-    """The inverse of `_side_by_side`."""
-    *lead, groups, kc, _, size = words.shape
-    return words.swapaxes(-3, -2).reshape(*lead, groups * BLOCKS, kc, size)
 
 
 def block_index(t: Any, chunk: Any, chunks: Any) -> Any:
@@ -147,40 +136,44 @@ def _block_axes(lead: int, order: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _code_words(codes: Array) -> Array:
-    """u8[..., N, K] -> i32[..., N/16, K/128, 256]."""
+    """u8[..., N, K] -> i32[..., N/64, K/128, 4, 256]."""
     *lead, n, k = codes.shape
-    blocks = codes.reshape(*lead, n // ROWS, *_CHANNEL, k // FEATURES, *_FEATURE)
+    t, kc = n // (BLOCKS * ROWS), k // FEATURES
+    blocks = codes.reshape(*lead, t, *_CHANNEL, kc, *_FEATURE)
     blocks = blocks.transpose(_block_axes(len(lead), _TO_WORDS))
     octets = blocks[..., 0] | (blocks[..., 1] << 4)
     words = jax.lax.bitcast_convert_type(octets, jnp.int32)
-    return words.reshape(*lead, n // ROWS, k // FEATURES, CODE_WORDS)
+    return words.reshape(*lead, t, kc, BLOCKS, CODE_WORDS)
 
 
 def _codes(words: Array) -> Array:
     """The inverse of `_code_words`."""
-    *lead, t, kc, _ = words.shape
-    octets = jax.lax.bitcast_convert_type(words.reshape(*lead, t, kc, 2, 4, 2, 4, 4), jnp.uint8)
+    *lead, t, kc, _, _ = words.shape
+    lanes = words.reshape(*lead, t, kc, BLOCKS, 2, 4, 2, 4, 4)
+    octets = jax.lax.bitcast_convert_type(lanes, jnp.uint8)
     blocks = jnp.stack([octets & 15, octets >> 4], axis=-1)
     blocks = blocks.transpose(_block_axes(len(lead), _FROM_WORDS))
-    return blocks.reshape(*lead, ROWS * t, FEATURES * kc)
+    return blocks.reshape(*lead, BLOCKS * ROWS * t, FEATURES * kc)
 
 
 def _scale_words(scale: Array, offset: Array) -> Array:
-    """u8, i8 [..., N, K/128] -> i32[..., N/16, K/128, 8]."""
+    """u8, i8 [..., N, K/128] -> i32[..., N/64, K/128, 4, 8]."""
     *lead, n, kc = scale.shape
+    t = n // (BLOCKS * ROWS)
     biased = jax.lax.bitcast_convert_type(offset, jnp.uint8) ^ jnp.uint8(0x80)
-    pairs = jnp.stack([scale, biased], axis=-1).reshape(*lead, n // ROWS, *_CHANNEL, kc, 2)
+    pairs = jnp.stack([scale, biased], axis=-1).reshape(*lead, t, *_CHANNEL, kc, 2)
     octets = pairs.transpose(_block_axes(len(lead), _TO_SCALES))
-    octets = octets.reshape(*lead, n // ROWS, kc, SCALE_WORDS, 4)
+    octets = octets.reshape(*lead, t, kc, BLOCKS, SCALE_WORDS, 4)
     return jax.lax.bitcast_convert_type(octets, jnp.int32)
 
 
 def _scales(words: Array) -> tuple[Array, Array]:
     """The inverse of `_scale_words`."""
-    *lead, t, kc, _ = words.shape
-    octets = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*lead, t, kc, 4, 2, 2, 2)
+    *lead, t, kc, _, _ = words.shape
+    octets = jax.lax.bitcast_convert_type(words, jnp.uint8)
+    octets = octets.reshape(*lead, t, kc, BLOCKS, 4, 2, 2, 2)
     pairs = octets.transpose(_block_axes(len(lead), _FROM_SCALES))
-    pairs = pairs.reshape(*lead, ROWS * t, kc, 2)
+    pairs = pairs.reshape(*lead, BLOCKS * ROWS * t, kc, 2)
     offset = jax.lax.bitcast_convert_type(pairs[..., 1] ^ jnp.uint8(0x80), jnp.int8)
     return pairs[..., 0], offset
 

@@ -12,7 +12,8 @@ How the work is cut (sm90_tiles.py). A block computes tiles of 64 * row_warpgrou
 `tokens`. Blocks stay: block b takes tiles b, b + blocks, ..., tokens first, so that the blocks of a
 wave share few weights' rows and x stays in L2; the last round may be cut finer. Where a matrix has
 few tiles, k_warpgroups split the chunks of 128 features among themselves and add their int32 sums
-in shared memory, which is exact.
+in shared memory, which is exact. So do `k_blocks` of a cluster where K is long: two of them with 64
+tokens and half of K each expand a weight once, where two with 32 and all of K would both do so.
 `cluster` blocks beside each other along N read the same x: each copies a part of it to all of them
 (multicast). It pays from several rounds of tiles on.
 
@@ -24,8 +25,9 @@ run ahead of the epilogue.
 
     producer    wait empty -> expect bytes -> copy x part to the cluster, weights to this block
     consumer    wait full -> weights to registers -> (expand, wgmma) x 4 -> wait -> arrive empty
-    exchange    k_warpgroups > 1: sums of a part of the tokens to each    (sm90_epilogue.py)
-    epilogue    scale in float32 in the reference's order, round once, transpose, store
+    exchange    k_warpgroups > 1: sums of a part of the tokens to each    (sm90_exchange.py)
+                k_blocks > 1: the same, to each block of the cluster
+    epilogue    scale as the reference does, round once, transpose, store (sm90_epilogue.py)
 
 While the tensor core works for one warpgroup, the others read and expand their codes. (Expanding a
 step ahead within a warpgroup, or starting its wgmma before the last are done, changed nothing.)
@@ -56,7 +58,8 @@ from qserve_jax.pallas_kernels.w4a8_matmul.problem import (
 from qserve_jax.pallas_kernels.w4a8_matmul.sm90_config import (
     check_config,
 )
-from qserve_jax.pallas_kernels.w4a8_matmul.sm90_epilogue import Epilogue, exchange
+from qserve_jax.pallas_kernels.w4a8_matmul.sm90_epilogue import Epilogue
+from qserve_jax.pallas_kernels.w4a8_matmul.sm90_exchange import exchange, exchange_blocks
 from qserve_jax.pallas_kernels.w4a8_matmul.sm90_thread import Block, Consumer, WgmmaProblem
 from qserve_jax.pallas_kernels.w4a8_matmul.sm90_tiles import (
     PRODUCER_REGISTERS,
@@ -64,12 +67,8 @@ from qserve_jax.pallas_kernels.w4a8_matmul.sm90_tiles import (
     Part,
     Sm90Config,
 )
-from qserve_jax.pallas_kernels.w4a8_matmul.tuning import chosen_config
+from qserve_jax.pallas_kernels.w4a8_matmul.tuning import chosen_config, chosen_design
 from qserve_jax.quantization.qtensor import Array, Int8Activation, W4PerChannel, W4PerGroup
-
-MMA_TOKENS = 32
-"""Up to so many, mma.sync is faster: wgmma takes 64 channels at least, and so fewer blocks."""
-
 
 LEAD_BARRIER = 15
 """The named barrier at which the others wait until the first row warpgroup has its lead."""
@@ -88,14 +87,15 @@ def matmul(
     """See `api.w4a8_matmul`. The same float32 operations in the same order as the reference.
 
     w must be in the layout "mma_w4" (`layout.to_kernel_layout`). out_dtype int32: see `INT32_SUMS`.
-    config: None for `mosaic_mma` up to MMA_TOKENS, beyond that for the tuned one, or else the
-      heuristic.
+    config: None for `mosaic_mma` where `chosen_design` says so, or else for the tuned one, or else
+      the heuristic.
 
     Raises NotImplementedError on what `problem.gather` refuses; ValueError on a config that cannot
     run.
     """
     arguments: dict[str, Any] = {"bias": bias, "residual": residual, "layer": layer}
-    if config is None and x.scale.size <= MMA_TOKENS:
+    sizes = x.scale.size, *layout.weight_shape(w), isinstance(w, W4PerGroup)
+    if config is None and chosen_design(*sizes) == "mma":
         return mosaic_mma.matmul(x, w, **arguments, out_dtype=out_dtype, named="mosaic_sm90")
     if residual is not None and not _adds(residual, out_dtype):
         y = matmul(x, w, **arguments | {"residual": None}, out_dtype=jnp.float32, config=config)
@@ -110,8 +110,8 @@ def matmul(
         tuple(operands.values()),
         jax.ShapeDtypeStruct((m, n), out_dtype),
         name=f"w4a8_matmul_{p.kind}_wgmma",
-        blocks=p.cut.clusters * chosen.cluster,
-        cluster=chosen.cluster,
+        blocks=p.cut.clusters * chosen.cluster_blocks,
+        cluster=chosen.cluster_blocks,
         warpgroups=1 + chosen.warpgroups,
         shared_bytes=p.memory.size + 1024,
         barriers=p.memory.barriers,
@@ -134,6 +134,9 @@ def _body(p: WgmmaProblem, names: tuple[str, ...], context: Any, *refs: Any) -> 
             ptx.init_barrier(t.full(slot), arrivals=1)
             warps = 4 * p.config.row_warpgroups * p.config.cluster
             ptx.init_barrier(t.empty(slot), arrivals=warps)
+        if p.config.k_blocks > 1:
+            for warpgroup in map(ptx.constant, range(p.config.warpgroups)):
+                ptx.init_barrier(t.arrived(p, warpgroup), arrivals=1)
         ptx.publish_barriers()
     if p.config.cluster > 1:
         ptx.sync_cluster()
@@ -164,6 +167,8 @@ def _produce(p: WgmmaProblem, t: Block) -> None:
         index = i * 4 + t.warp
         slot = index % p.config.slots
         chunk, tile = index % chunks, index // chunks
+        if p.config.k_blocks > 1:
+            chunk = chunk + ptx.cluster_rank() * chunks
         # The first round, parity 0, finds all slots empty.
         ptx.wait(t.empty(slot), (index // p.config.slots + 1) & 1)
         parts = [t.part(p, tile, r) for r in range(p.config.row_warpgroups)]
@@ -181,6 +186,8 @@ def _produce(p: WgmmaProblem, t: Block) -> None:
 
     with ptx.when(t.lane.is_(0)):
         ptx.loop((t.tiles * chunks + 3 - t.warp) // 4, [], copy)
+    if p.config.k_blocks > 1:  # all threads of the blocks, see exchange_blocks
+        ptx.meet_cluster()
 
 
 def _boxes(p: WgmmaProblem, part: Part) -> I32 | int:
@@ -220,7 +227,11 @@ def _consume(p: WgmmaProblem, t: Block) -> None:
         part = t.part(p, i, me.row_group)
         epilogue = Epilogue(p, t, me, i, part)
         acc, ring = _multiply(p, t, me, i, part, ring)
+        if p.config.k_blocks > 1:
+            ptx.arrive_at_cluster()
         first, acc = exchange(p, t, me, acc)
+        if p.config.k_blocks > 1:
+            first, acc = exchange_blocks(p, t, me, first, acc)
         epilogue.store(p, t, me, first, acc)
         return ring
 

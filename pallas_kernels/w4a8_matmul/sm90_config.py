@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from qserve_jax.pallas_kernels.w4a8_matmul.layout import CODE_WORDS, FEATURES, ROWS, SCALE_WORDS
-from qserve_jax.pallas_kernels.w4a8_matmul.sm90_tiles import QUARTERS, Sm90Config, cut
+from qserve_jax.pallas_kernels.w4a8_matmul.sm90_tiles import QUARTERS, SMS, Sm90Config, cut
 
 SHARED_BYTES = 232448
 TOKENS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256)
@@ -18,14 +18,16 @@ class SharedMemory:
 
     A slot's x tile [tokens, 128] lies at x + slot * x_bytes, its weights at weights + slot *
     weight_bytes, 16-row tiles of `tile_bytes`. partials: int32 sums on their way between
-    warpgroups; where a block has one tile only, they lie where the slots were. columns: what
-    belongs to tokens, [warpgroup, 2 tiles, scale or sum of codes, tokens], 4 bytes each.
+    warpgroups; where a block has one tile only, they lie where the slots were. incoming: the same
+    of other blocks, behind them. columns: what belongs to tokens, [warpgroup, 2 tiles, scale or sum
+    of codes, tokens], 4 bytes each.
     """
 
     x_bytes: int
     weight_bytes: int
     weights: int
     partials: int
+    incoming: int
     columns: int
     column_bytes: int
     size: int
@@ -39,18 +41,20 @@ def shared_memory(config: Sm90Config, m: int, n: int, per_group: bool) -> Shared
     weights = config.slots * x_bytes
     end = weights + config.slots * weight_bytes
     partials = 0 if cut(config, m, n).most == 1 else end
-    partial_bytes = (config.k_warpgroups - 1) * config.rows * config.tokens * 4
-    columns = max(end, partials + partial_bytes)
+    incoming = partials + (config.k_warpgroups - 1) * config.rows * config.tokens * 4
+    part = config.part_tokens * config.k_warpgroups * config.rows * 4
+    columns = max(end, incoming + (config.k_blocks - 1) * part)
     column_bytes = (1 if per_group else 2) * 4 * config.tokens
     return SharedMemory(
         x_bytes=x_bytes,
         weight_bytes=weight_bytes,
         weights=weights,
         partials=partials,
+        incoming=incoming,
         columns=columns,
         column_bytes=column_bytes,
         size=columns + 2 * config.warpgroups * column_bytes,
-        barriers=2 * config.slots,
+        barriers=2 * config.slots + (config.warpgroups if config.k_blocks > 1 else 0),
     )
 
 
@@ -65,15 +69,18 @@ def _broken_rule(config: Sm90Config, m: int, n: int, per_group: bool) -> str | N
     must not come two rounds ahead of those that multiply, where the parity is the same again: what
     it waited for four chunks before keeps it from there, with four slots and whole turns of four.
     """
-    *sizes, lead = dataclasses.astuple(config)
-    if min(sizes) < 1 or lead < 0:
+    *sizes, lead, k_blocks = dataclasses.astuple(config)
+    if min(*sizes, k_blocks) < 1 or lead < 0:
         return "all fields but lead must be at least 1"
     if config.cluster > 2:
         return "cluster must be 1 or 2: larger ones do not fill the GPU"
+    if k_blocks > 4:
+        return "k_blocks must be at most 4: larger clusters do not fill the GPU"
     memory = shared_memory(config, m, n, per_group)
     # Mosaic rounds both up to 1024.
     used = _round_up(memory.size + 1024, 1024) + _round_up(8 * memory.barriers, 1024)
     needs = config.tokens // 2 + 44
+    least = config.tokens // 2 + 30  # with which ptxas compiles at all
     part = config.tokens // config.k_warpgroups
     for holds, rule in (
         (config.tokens in TOKENS, f"tokens must be one of {TOKENS}"),
@@ -98,7 +105,17 @@ def _broken_rule(config: Sm90Config, m: int, n: int, per_group: bool) -> str | N
         ),
         (lead < config.slots, f"lead must be below the {config.slots} chunks in flight"),
         (config.slots >= 4, "k_warpgroups * stages must be at least 4, a slot for each warp"),
+        (
+            k_blocks == 1 or (config.cluster, config.last, lead) == (1, QUARTERS, 0),
+            "k_blocks needs whole tiles, and neither a cluster along N nor a lead",
+        ),
+        (k_blocks == 1 or part >= 8 * k_blocks, "tokens must be 8 k_warpgroups k_blocks or more"),
+        (
+            k_blocks == 1 or cut(config, m, n).most == 1,
+            f"k_blocks needs tiles for one round of {SMS // k_blocks} clusters at most",
+        ),
         (needs <= config.registers, f"needs {needs} registers of {config.registers}"),
+        (least <= config.launch_registers, f"needs {least} registers of {config.launch_registers}"),
         (used <= SHARED_BYTES, f"takes {used} bytes of shared memory of {SHARED_BYTES}"),
     ):
         if not holds:

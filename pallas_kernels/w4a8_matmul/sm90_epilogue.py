@@ -1,7 +1,6 @@
 """The end of `mosaic_sm90`: from the warpgroups' int32 sums to the output.
 
-    exchange  k_warpgroups > 1: sums of a part of the tokens to each warpgroup
-    store     scale in float32 in the reference's order, round once, transpose, store
+They are scaled in float32 in the reference's order, rounded once, transposed and stored.
 
 It is kept short (scales fetched before the sums are there, no predicates for whole tiles): it is
 code that a launch meets cold, and at 128 sums a thread each instruction more is there 32 times.
@@ -10,7 +9,6 @@ code that a launch meets cold, and at 128 sums a thread each instruction more is
 from __future__ import annotations
 
 import contextlib
-import functools
 from typing import Any
 
 from qserve_jax.pallas_kernels import intrinsics as ptx
@@ -19,50 +17,6 @@ from qserve_jax.pallas_kernels.w4a8_matmul import layout
 from qserve_jax.pallas_kernels.w4a8_matmul.problem import INT32_SUMS
 from qserve_jax.pallas_kernels.w4a8_matmul.sm90_thread import Block, Consumer, WgmmaProblem
 from qserve_jax.pallas_kernels.w4a8_matmul.sm90_tiles import QUARTERS, Part
-
-
-def exchange(
-    p: WgmmaProblem, t: Block, me: Consumer, acc: list[I32]
-) -> tuple[I32 | int, list[I32]]:
-    """Add the k_warpgroups: each gets the sums of a part of the tokens -> its first token, sums.
-
-    A thread holds the same channels and tokens in each of them, so that words go from thread to
-    thread. partials: [row group][to][from, but itself][word / 4][thread], 16 bytes each.
-    """
-    parts = p.config.k_warpgroups
-    if parts == 1:
-        return 0, acc
-    size = len(acc) // parts
-    vectors = size // 4
-    base = t.shared + p.memory.partials + me.row_group * (parts * (parts - 1) * vectors * 2048)
-    base = base + me.thread * 16
-    barrier = me.row_group + 2
-    if p.memory.partials == 0:  # where others may still read their slots
-        ptx.sync_block(128 * p.config.warpgroups)
-    for to in range(parts):
-        with ptx.when(~me.k_group.is_(to)):
-            # Senders are numbered without the receiver.
-            sender = me.k_group - ptx.select(ptx.constant(to) < me.k_group, 1, 0)
-            target = base + (sender + to * (parts - 1)) * (vectors * 2048)
-            for v in range(vectors):
-                words = acc[to * size + 4 * v : to * size + 4 * v + 4]
-                ptx.store_shared_words(target, words, 2048 * v)
-    ptx.sync_block(128 * parts, barrier)
-    mine = [
-        functools.reduce(
-            lambda kept, part: ptx.select(me.k_group.is_(part), acc[part * size + i], kept),
-            range(1, parts),
-            acc[i],
-        )
-        for i in range(size)
-    ]
-    for sender in range(parts - 1):
-        source = base + (me.k_group * (parts - 1) + sender) * (vectors * 2048)
-        for v in range(vectors):
-            for i, word in enumerate(ptx.load_shared(source, 2048 * v, count=4)):
-                mine[4 * v + i] = mine[4 * v + i] + word
-    ptx.sync_block(128 * parts, barrier)  # before the next tile's sums
-    return me.k_group * (p.config.tokens // parts), mine
 
 
 class Epilogue:

@@ -30,7 +30,8 @@ class WgmmaProblem(Problem):
 
     @property
     def steps(self) -> int:
-        return -(-self.chunks // self.config.k_warpgroups)
+        """Of k_warpgroups chunks, of a block."""
+        return -(-self.chunks // (self.config.k_warpgroups * self.config.k_blocks))
 
     @functools.cached_property
     def cut(self) -> Cut:
@@ -51,7 +52,7 @@ class Block:
         self.warp = ptx.warp_index()
         self.lane = self.index & 31
         self.rank = ptx.cluster_rank() if p.config.cluster > 1 else ptx.constant(0)
-        self.first_tile = ptx.block_index() // p.config.cluster
+        self.first_tile = ptx.block_index() // p.config.cluster_blocks
         self.tiles = self.count_tiles(p)
         self.gmem = {name: ptx.global_address(ref) for name, ref in refs.items()}
         go_to_layer(p, self.gmem)
@@ -66,6 +67,10 @@ class Block:
 
     def empty(self, slot: I32) -> I32:
         return self._empty + slot * 8
+
+    def arrived(self, p: WgmmaProblem, warpgroup: I32) -> I32:
+        """For what other blocks send to a warpgroup that multiplies."""
+        return self._empty + 8 * p.config.slots + warpgroup * 8
 
     def count_tiles(self, p: WgmmaProblem) -> I32:
         """Of this block, whole or not."""

@@ -3,7 +3,7 @@
 Blocks stay: cluster b of C takes tiles b, b + C, ..., tokens first. Where the tiles do not come out
 even, the last round leaves blocks without one, and takes as long as a whole one. `last` cuts its
 tiles finer, so that it takes as many quarters of the time (K stays whole, so that no sums have to
-be added between blocks):
+be added between blocks; where one round does not fill the GPU, `k_blocks` cuts K instead):
 
     2, 1  a tile goes to two, or four, blocks: each has a half, or a quarter, of its tokens
     3     three tiles beside each other go to four blocks: of their six groups of 64 channels each
@@ -39,6 +39,8 @@ class Sm90Config:
     last: quarters of a tile that a block computes in the last round, see sm90_tiles; 4 is whole.
     lead: chunks that the first row warpgroup is ahead of the others from the start, so that one's
       epilogue runs beside the other's wgmma. The heuristic leaves it at 0.
+    k_blocks: blocks of a cluster that have a tile together, each some of the chunks; they add their
+      int32 sums in each other's shared memory. The heuristic takes 1 or 2.
     """
 
     tokens: int
@@ -48,6 +50,12 @@ class Sm90Config:
     cluster: int
     last: int = QUARTERS
     lead: int = 0
+    k_blocks: int = 1
+
+    @property
+    def cluster_blocks(self) -> int:
+        """Beside each other along N, or along K."""
+        return self.cluster * self.k_blocks
 
     @property
     def warpgroups(self) -> int:
@@ -64,6 +72,11 @@ class Sm90Config:
         return self.stages * self.k_warpgroups
 
     @property
+    def part_tokens(self) -> int:
+        """That each of the k_blocks adds up, of a warpgroup's: the least eights that are enough."""
+        return 8 * -(-self.tokens // (8 * self.k_warpgroups * self.k_blocks))
+
+    @property
     def boxes(self) -> int:
         """Parts of x of a slot that are copied apart: by the blocks of the cluster, or as few as
         the last round needs."""
@@ -72,9 +85,13 @@ class Sm90Config:
     @property
     def registers(self) -> int:
         """Of a thread that multiplies, after the one that copies has given its own away."""
-        threads = self.warpgroups + 1
-        equal = min(REGISTERS // (128 * threads) // 8 * 8, 248)
-        return min((equal * threads - PRODUCER_REGISTERS) // self.warpgroups // 8 * 8, 240)
+        given = self.launch_registers * (self.warpgroups + 1) - PRODUCER_REGISTERS
+        return min(given // self.warpgroups // 8 * 8, 240)
+
+    @property
+    def launch_registers(self) -> int:
+        """Of every thread; ptxas allocates no more for the code of any."""
+        return min(REGISTERS // (128 * (self.warpgroups + 1)) // 8 * 8, 248)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +143,7 @@ class Part(NamedTuple):
 def grid(config: Sm90Config, m: int, n: int) -> tuple[int, int]:
     """Clusters, and whole tiles of a cluster (token tiles x groups of blocks along N) for them."""
     tiles = -(-m // config.tokens) * -(-n // (config.rows * config.cluster))
-    return min(SMS // config.cluster, tiles), tiles
+    return min(SMS // config.cluster_blocks, tiles), tiles
 
 
 def cut(config: Sm90Config, m: int, n: int) -> Cut:
@@ -134,7 +151,7 @@ def cut(config: Sm90Config, m: int, n: int) -> Cut:
     in tokens."""
     clusters, tiles = grid(config, m, n)
     token_tiles = -(-m // config.tokens)
-    most = SMS // config.cluster
+    most = SMS // config.cluster_blocks
     rounds, rest = divmod(tiles, most)
     if config.last == 3:
         # Of a triple that is not whole, one part for each of its groups: the first tiles' alone.

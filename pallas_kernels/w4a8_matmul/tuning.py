@@ -27,6 +27,10 @@ from typing import Any
 from qserve_jax.pallas_kernels.backend import default_device
 from qserve_jax.pallas_kernels.w4a8_matmul import mma_config, mma_rules, sm90_config, sm90_rules
 
+MMA_TOKENS = 32
+"""Up to so many, mma.sync is faster: wgmma takes 64 channels at least, and so fewer blocks."""
+LONG_TOKENS, LONG_FEATURES = 17, 10000
+"""From so many of both wgmma is: by 6 to 20 % at K = 11008 to 29568 (not with 16 tokens)."""
 FOLDER = Path(__file__).parent / "tuned"
 
 
@@ -39,12 +43,14 @@ class Design:
     choose: (m, n, k, per_group) -> config, by rules. Raises NotImplementedError.
     check: (config, m, n, k, per_group); raises ValueError unless the kernel runs with it for all
       of 1..m tokens.
+    others: as choose, configs that the tuner tries beside that one.
     """
 
     backend: str
     config: type
     choose: Callable[[int, int, int, bool], Any]
     check: Callable[[Any, int, int, int, bool], None]
+    others: Callable[[int, int, int, bool], list[Any]] = lambda m, n, k, per_group: []
 
 
 DESIGNS: dict[str, Design] = {
@@ -59,11 +65,18 @@ DESIGNS: dict[str, Design] = {
         sm90_config.Sm90Config,
         sm90_rules.choose_config,
         lambda config, m, n, k, per_group: sm90_config.check_config(config, m, n, per_group),
+        sm90_rules.other_configs,
     ),
 }
 
 Key = tuple[str, int, int, int, bool]
 """design, m (a power of two), n, k, per_group"""
+
+
+def chosen_design(m: int, n: int, k: int, per_group: bool) -> str:
+    """ "mma" or "wgmma", for `mosaic_sm90`, which has both."""
+    long = m >= LONG_TOKENS and k >= LONG_FEATURES
+    return "wgmma" if m > MMA_TOKENS or long else "mma"
 
 
 def chosen_config(design: str, m: int, n: int, k: int, per_group: bool) -> Any:
@@ -134,9 +147,13 @@ def entry_of(entry: Any) -> tuple[Key, Any]:
 
 
 def config_from_dict(kind: type, fields: dict[str, Any]) -> Any:
-    """The inverse of `dataclasses.asdict`. Raises ValueError on other fields or other types."""
+    """The inverse of `dataclasses.asdict`; a field that is newer than the entry has its default.
+
+    Raises ValueError on other fields or other types.
+    """
     types = typing.get_type_hints(kind)
-    if not isinstance(fields, dict) or fields.keys() != types.keys():
+    needed = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+    if not isinstance(fields, dict) or not needed <= fields.keys() <= types.keys():
         raise ValueError(f"config {fields!r} must have the fields {', '.join(types)}")
     for name, value in fields.items():
         if type(value) is not types[name]:

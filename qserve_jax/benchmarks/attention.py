@@ -5,6 +5,9 @@ append           RoPE, quantise and append of one token per sequence   report["a
 prefill          fresh prompts over themselves                         report["prefill"]
 chunked prefill  a chunk over the pages before it and itself           report["chunked_prefill"]
 
+All but append with attends="quantized", the default of `LLM`, and "full": fresh prompts are then
+cuDNN's own, with lengths.
+
 `clock.PROTOCOL` says how times are taken. A case that fails is a problem, and ends no other.
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +49,9 @@ MOST_ERROR = 2.5e-3
 """Relative; rounding the output to bf16 alone takes 1.7e-3."""
 LISTS = ("append", "prefill", "chunked_prefill")
 TIMED_LAYER = 1
+ATTENDS = ("quantized", "full")
+PREFILL_BITS = 4
+"""Of the cache that fresh prompts are read from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +69,13 @@ class Sweep:
 
 def run_sweep(sweep: Sweep, bench: Bench) -> None:
     """Measure what the report lacks."""
+    say_attends(bench.report)
     find_ceilings(bench)
     for case in sweep.cases:
         make_paged.cache_clear()  # room for the baseline's copies
         full = (case.heads, case.kv_heads, case.head_dim) == sweep.heads and case.kv_bits == 4
         for backend in sweep.backends:
-            for attends in ("quantized", "full") if full else ("quantized",):
+            for attends in ATTENDS if full else ATTENDS[:1]:
                 row = {"backend": backend, **case.place, "attends": attends}
                 measure = functools.partial(_decode, case, backend, attends, bench)
                 _guarded(bench, "rows", row, measure, {"config": _config(case, backend)})
@@ -77,16 +85,25 @@ def run_sweep(sweep: Sweep, bench: Bench) -> None:
                 row = {"backend": backend} | _sizes(sweep.heads) | {"kv_bits": bits, "b": batch}
                 measure = functools.partial(_append, sweep.heads, bits, batch, backend, bench)
                 _guarded(bench, "append", row, measure)
-        for batch, tokens in sweep.prompts:
-            row = {"backend": backend} | _sizes(sweep.heads) | {"b": batch, "tokens": tokens}
-            measure = functools.partial(_prefill, sweep.heads, batch, tokens, backend, bench)
-            _guarded(bench, "prefill", row, measure)
-        for bits in sweep.kv_bits:
-            for chunk, context in sweep.chunks:
-                row = {"backend": backend} | _sizes(sweep.heads) | {"kv_bits": bits, "chunk": chunk}
+        for (batch, tokens), attends in itertools.product(sweep.prompts, ATTENDS):
+            row = {"backend": backend, "attends": attends} | _sizes(sweep.heads)
+            case = Case(*sweep.heads, PREFILL_BITS, (tokens,) * batch)
+            measure = functools.partial(_prefill, case, attends, backend, bench)
+            _guarded(bench, "prefill", row | {"b": batch, "tokens": tokens}, measure)
+        for bits, (chunk, context) in itertools.product(sweep.kv_bits, sweep.chunks):
+            for attends in ATTENDS:
+                row = {"backend": backend, "attends": attends} | _sizes(sweep.heads)
+                row |= {"kv_bits": bits, "chunk": chunk, "ctx": context}
                 case = Case(*sweep.heads, bits, (context,))
-                measure = functools.partial(_chunk, case, chunk, backend, bench)
-                _guarded(bench, "chunked_prefill", row | {"ctx": context}, measure)
+                measure = functools.partial(_chunk, case, chunk, attends, backend, bench)
+                _guarded(bench, "chunked_prefill", row, measure)
+
+
+def say_attends(report: Report) -> None:
+    """To rows from before they said it, what they were timed with."""
+    for name, attends in (("prefill", "full"), ("chunked_prefill", "quantized")):
+        for row in report[name]:
+            row.setdefault("attends", attends)
 
 
 def _sizes(heads: Heads) -> dict[str, Any]:
@@ -252,55 +269,65 @@ def _append_once(
     return heads
 
 
-def _prefill(heads: Heads, batch: int, tokens: int, backend: str, bench: Bench) -> dict[str, Any]:
-    """Fresh prompts of the full length, beside the same attention without lengths."""
-    n, kv_heads, head_dim = heads
-    cache = make_paged(Case(*heads, 4, (64,)), layers=1).cache
-    q, sides = normal((batch, tokens, n, head_dim), 0), _new(batch, tokens, heads)
-    lens = jnp.full(batch, tokens, jnp.int32)
+def _prefill(case: Case, attends: str, backend: str, bench: Bench) -> dict[str, Any]:
+    """Fresh prompts of the full length, beside the same attention without lengths: as stored in
+    pages, or without any over their own K and V."""
+    full, batch, tokens = attends == "full", case.batch, case.lengths[0]
+    paged = make_paged(case)
+    q, sides = normal((batch, tokens, case.heads, case.head_dim), 0), _new(batch, tokens, case)
 
     @jax.jit
-    def run(pages: Array, q: Array, lens: Array, sides: Any) -> Array:
-        table = jnp.zeros((batch, 0), jnp.int32)
-        more = {"new_k": sides[0], "new_v": sides[1], "layer": 0, "backend": backend}
-        return paged_attention(q, KVCache(pages, 4, head_dim), table, lens, **more)
+    def run(pages: Array, q: Array, table: Array, lens: Array, new: Any, layer: Array) -> Array:
+        more = {"new_k": new[0], "new_v": new[1]} if full else {}
+        cache = KVCache(pages, case.kv_bits, case.head_dim)
+        options = {"attends": attends, "layer": layer, "backend": backend}
+        return paged_attention(q, cache, table, lens, **more, **options)
 
-    us = bench.median_us(run, (cache.pages, q, lens), [sides])
+    table = paged.table[:, :0] if full else paged.table
+    fixed = (paged.cache.pages, q, table, paged.lens, sides)
+    found = (
+        {}
+        if full
+        else {"rel_err": _chunk_error(case, paged, q, run(*fixed, paged.layers[TIMED_LAYER]))}
+    )
+    us = bench.median_us(run, fixed, paged.layers[:1] if full else paged.layers)
     plain = jax.jit(functools.partial(_attend_contiguous, causal=True))
-    sizes = {"what": "prefill", "b": batch, "tokens": tokens} | _sizes(heads)
+    sizes = {"what": "prefill", "b": batch, "tokens": tokens} | _sizes(_heads(case))
     other = _baseline(bench, sizes, lambda: bench.median_us(plain, (q, None), [sides]))
-    operations = 2 * batch * n * tokens * (tokens + 1) * head_dim
-    return {"us": us, "cudnn_bf16_us": other, "tflops": operations / us / 1e6}
+    operations = 2 * batch * case.heads * tokens * (tokens + 1) * case.head_dim
+    return {"us": us, "cudnn_bf16_us": other, "tflops": operations / us / 1e6} | found
 
 
-def _new(batch: int, tokens: int, heads: Heads) -> tuple[Array, Array]:
-    shape = (batch, tokens, *heads[1:])
+def _new(batch: int, tokens: int, case: Case) -> tuple[Array, Array]:
+    shape = (batch, tokens, case.kv_heads, case.head_dim)
     return normal(shape, 1), normal(shape, 2)
 
 
-def _chunk(case: Case, chunk: int, backend: str, bench: Bench) -> dict[str, Any]:
-    """The last `chunk` tokens of a sequence whose every token is attended as stored. The baseline
-    sees all keys of a contiguous cache from each query, which is somewhat more."""
+def _chunk(case: Case, chunk: int, attends: str, backend: str, bench: Bench) -> dict[str, Any]:
+    """The last `chunk` tokens of a sequence. The baseline sees all keys of a contiguous cache from
+    each query, which is somewhat more."""
     (context,) = case.lengths
     paged = make_paged(case)
     q = normal((1, chunk, case.heads, case.head_dim), 2)
+    new = _new(1, chunk, case) if attends == "full" else None
     lens = (paged.lens, jnp.full(1, chunk, jnp.int32))
 
     @jax.jit
-    def run(pages: Array, q: Array, table: Array, lens: Any, layer: Array) -> Array:
+    def run(pages: Array, q: Array, new: Any, table: Array, lens: Any, layer: Array) -> Array:
         cache = KVCache(pages, case.kv_bits, case.head_dim)
-        options = {"query_lens": lens[1], "attends": "quantized", "backend": backend}
-        return paged_attention(q, cache, table, lens[0], layer=layer, **options)
+        more = {"new_k": new[0], "new_v": new[1]} if new else {}
+        options = {"query_lens": lens[1], "attends": attends, "backend": backend}
+        return paged_attention(q, cache, table, lens[0], layer=layer, **more, **options)
 
-    fixed = (paged.cache.pages, q, paged.table, lens)
+    fixed = (paged.cache.pages, q, new, paged.table, lens)
     out = run(*fixed, paged.layers[TIMED_LAYER])
     us = bench.median_us(run, fixed, paged.layers)
     plain = jax.jit(functools.partial(_attend_contiguous, causal=False))
     sizes = {"what": "chunked prefill", "chunk": chunk, "ctx": context} | _sizes(_heads(case))
-    sides = [_new(1, context, _heads(case))]
+    sides = [_new(1, context, case)]
     other = _baseline(bench, sizes, lambda: bench.median_us(plain, (q, None), sides))
     operations = 4 * case.heads * case.head_dim * chunk * (context - (chunk - 1) / 2)
-    error = _chunk_error(case, paged, q, out)
+    error = _chunk_error(case, paged, q, out, new)
     tflops = operations / us / 1e6
     return {"us": us, "cudnn_bf16_us": other, "tflops": tflops, "rel_err": error}
 
@@ -309,13 +336,14 @@ def _heads(case: Case) -> Heads:
     return case.heads, case.kv_heads, case.head_dim
 
 
-def _chunk_error(case: Case, paged: Paged, q: Array, out: Array) -> float:
-    """Against float64, of the worst of three queries."""
-    (context,) = case.lengths
+def _chunk_error(case: Case, paged: Paged, q: Array, out: Array, new: Any = None) -> float:
+    """Against float64, of the worst of three queries of the first sequence."""
+    before = case.lengths[0] - q.shape[1]
     errors = []
     for at in (0, q.shape[1] // 2, q.shape[1] - 1):
-        seen = dataclasses.replace(case, lengths=(context - q.shape[1] + 1 + at,))
-        exact = attend_row(seen, paged, TIMED_LAYER, 0, np.asarray(q[0, at], np.float64))
+        seen = dataclasses.replace(case, lengths=(before + at + 1,))
+        last = [np.asarray(x[0, : at + 1], np.float64) for x in new or ()]
+        exact = attend_row(seen, paged, TIMED_LAYER, 0, np.asarray(q[0, at], np.float64), last)
         difference = np.asarray(out[0, at], np.float64) - exact
         errors.append(np.linalg.norm(difference) / np.linalg.norm(exact))
     return float(np.max(errors))

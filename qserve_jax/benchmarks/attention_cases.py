@@ -33,7 +33,7 @@ HEADS: tuple[Heads, ...] = (
 BATCHES = (1, 16, 64, 128, 256)
 CONTEXTS = (1024, 1536, 4096, 16384)
 LONG, LONG_BATCH = 16384, 64
-"""The longest context is measured up to this batch."""
+"""The longest context is measured up to this batch, unless both are asked for."""
 RAGGED = (64, 256, 4096)
 """Sequences of lengths drawn evenly from a range."""
 
@@ -73,15 +73,20 @@ class Case:
 
 
 def decode_cases(
-    heads: tuple[Heads, ...], bits: tuple[int, ...], batches: tuple[int, ...], contexts: Any
+    heads: tuple[Heads, ...],
+    bits: tuple[int, ...],
+    batches: tuple[int, ...],
+    contexts: tuple[int, ...],
+    limited: bool = True,
 ) -> list[Case]:
-    """Every combination but long contexts of large batches, and ragged rows of each model."""
+    """Every combination (limited: but long contexts of large batches), and ragged rows of each
+    model."""
     cases = []
     for shape in heads:
         for kv_bits in bits:
             for batch in batches:
                 for context in contexts:
-                    if context < LONG or batch <= LONG_BATCH:
+                    if not limited or context < LONG or batch <= LONG_BATCH:
                         cases.append(Case(*shape, kv_bits, (context,) * batch))
             if batches == BATCHES and contexts == CONTEXTS:
                 cases.append(ragged_case(shape, kv_bits))

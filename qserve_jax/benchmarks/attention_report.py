@@ -5,10 +5,13 @@ baselines        cudnn_bf16_us of each batch and size, once for all bits; null w
 rows             decode: {"backend", "kv_bits", "b", "ctx" or "lengths", "heads", "kv_heads",
                  "head_dim", "attends", "us", "cudnn_bf16_us", "gbps", "rel_err"}: gbps counts the
                  codes and scales of every token once; rel_err is relative Frobenius against float64
-                 on the dequantised values, of the worst of up to three sequences of the timed call
-                 (null in older rows where new tokens are attended unquantised); none above 2.5e-3
+                 on the dequantised values, of the worst of up to 16 sequences of the timed call
+                 (attention_error.py); none above 2.5e-3
 append           us of RoPE, quantise and append, one token per sequence
-prefill          us of fresh prompts; chunked_prefill: of the last `chunk` of `ctx` tokens
+prefill          us of fresh prompts, attended as stored in 4-bit pages or "full", which is cuDNN
+                 with lengths; chunked_prefill: of the last `chunk` of `ctx` tokens. Rows without
+                 "attends" are from before the other was timed: "full" of prefill, and "quantized";
+                 the next run writes it into them
 """
 
 from __future__ import annotations
@@ -23,19 +26,49 @@ from typing import Any
 
 from qserve_jax.benchmarks.attention import LISTS
 from qserve_jax.benchmarks.ceilings import memory_ceiling
-from qserve_jax.benchmarks.report import Report, commits
+from qserve_jax.benchmarks.report import RATES, Report, are_numbers, commits
 
 TITLES = {"append": "RoPE and append", "prefill": "prefill", "chunked_prefill": "chunked prefill"}
+SIZES = ("heads", "kv_heads", "head_dim")
+NUMBERS = {
+    "rows": (*SIZES, "kv_bits", "b", "us", "gbps"),
+    "append": (*SIZES, "kv_bits", "b", "us"),
+    "prefill": (*SIZES, "b", "tokens", "us", "tflops"),
+    "chunked_prefill": (*SIZES, "kv_bits", "chunk", "ctx", "us", "tflops", "rel_err"),
+    "baselines": (),
+}
+"""List -> the columns of numbers that every row has."""
+BESIDE = ("rows", "prefill", "chunked_prefill", "baselines")
+"""Lists with cuDNN's time, or null."""
 ORIGIN = ("kernels", "commit")
 COLUMNS = (
-    *("backend", "kv_bits", "attends", "heads", "kv_heads", "head_dim", "b", "ctx", "us", "gbps"),
+    *("backend", "kv_bits", "attends", *SIZES, "b", "ctx", "us", "gbps"),
     *("share", "cudnn_bf16_us", "speedup", "rel_err"),
 )
 
 
 def is_attention(report: Report) -> bool:
-    """Whether a saved report is of this benchmark."""
-    return report.get("op") == "attention"
+    """Whether a saved report is of this benchmark, with all numbers that are shown."""
+    lists = {name: report.get(name) for name in NUMBERS}
+    if report.get("op") != "attention" or not all(isinstance(x, list) for x in lists.values()):
+        return False
+    rates = {name: rate for name, rate in report["ceilings"].items() if name != "commit"}
+    needed = [*rates.values(), *(rates.get(name) for name in RATES if rates or report["rows"])]
+    needed += [row.get(x) for name in NUMBERS for row in report[name] for x in NUMBERS[name]]
+    lengths = [n for row in report["rows"] for n in _lengths(row)]
+    beside = [part for name in BESIDE for part in report[name]]
+    times = [part.get("cudnn_bf16_us", "missing") for part in beside]
+    times += [row.get("rel_err") for row in report["rows"]]
+    given = needed + lengths + [x for x in times if x is not None]
+    above = lengths + [row.get("us", 1) for name in NUMBERS for row in report[name]]
+    return are_numbers(given) and all(x > 0 for x in above)
+
+
+def _lengths(row: dict[str, Any]) -> list[Any]:
+    """Of its sequences, or of all of them."""
+    lengths = row.get("lengths")
+    given = "ctx" not in row and isinstance(lengths, list)
+    return lengths if given and lengths else [row.get("ctx")]
 
 
 def decode_rows(report: Report) -> list[dict[str, Any]]:
@@ -69,9 +102,9 @@ def table(report: Report) -> str:
 def _markdown(rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
-    names = list(rows[0])
+    names = list(dict.fromkeys(name for row in rows for name in row))
     lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
-    return lines + [f"| {' | '.join(_cell(n, row[n]) for n in names)} |" for row in rows]
+    return lines + [f"| {' | '.join(_cell(n, row.get(n)) for n in names)} |" for row in rows]
 
 
 def _cell(name: str, value: Any) -> str:
@@ -103,9 +136,9 @@ def curves(report: Report) -> dict[str, list[tuple[int, float]]]:
     """For each backend, model size and bits: (tokens in the cache, share), rising."""
     found: dict[str, list[tuple[int, float]]] = {}
     for row, shown in zip(report["rows"], decode_rows(report), strict=True):
-        if row["attends"] == "quantized" and "ctx" in row:
+        if row.get("attends") == "quantized" and "ctx" in row:
             sizes = f"{row['heads']}/{row['kv_heads']}/{row['head_dim']}"
-            label = f"{row['backend']} {sizes} KV{row['kv_bits']}"
+            label = f"{row.get('backend')} {sizes} KV{row['kv_bits']}"
             found.setdefault(label, []).append((row["b"] * row["ctx"], shown["share"]))
     return {label: sorted(points) for label, points in found.items()}
 

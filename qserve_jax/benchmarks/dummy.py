@@ -1,7 +1,8 @@
 """Random models, made on the device as they are quantised: there is never a float model.
 
-Weights have the size that keeps activations of order one, as a trained model's; their values mean
-nothing.
+Weights are normal and have the size that keeps activations of order one, as a trained model's;
+their values mean nothing. That they are normal matters for speed: what a multiplication draws, and
+so the clock under the power limit, depends on its bits.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from qserve_jax.models.sharding import (
     leaf_specs,
     shardings,
 )
+from qserve_jax.pallas_kernels.w4a8_matmul.layout import weight_shape
 from qserve_jax.quantization import QuantConfig, quantize_params
-from qserve_jax.quantization.qtensor import W4PerGroup, W8PerChannel, is_quantized
+from qserve_jax.quantization.numerics import PROTECTIVE_RANGE, quantize_progressive
+from qserve_jax.quantization.packing import pack_nibbles
+from qserve_jax.quantization.qtensor import W4PerChannel, W4PerGroup, W8PerChannel, is_quantized
 
-CODE_STD = 4.6
-"""Standard deviation of the codes 0..15, all as likely."""
+LARGEST = 3.7
+"""Of some thousand normal numbers, in standard deviations: what fills a channel's range."""
 
 
 def dummy_model(
@@ -105,30 +109,30 @@ def _normal(shape: tuple[int, ...], dtype: Any, std: float, key: jax.Array) -> j
 
 
 def _container(shapes: Any, key: jax.Array) -> Any:
-    """A container of these shapes: random codes (and group scales), constant channel scales."""
-    keys = jax.random.split(key, 2)
-    codes = _bits(shapes.codes.shape, shapes.codes.dtype, keys[0])
-    k = shapes.source.in_shape[0]
-    scale = shapes.channel_scale
-    if isinstance(shapes, W8PerChannel):
-        step = k**-0.5 / (CODE_STD * 16)
-        made = {}
-    elif isinstance(shapes, W4PerGroup):
-        step = k**-0.5 / (CODE_STD * 9.7)  # the root mean square of 1..16
-        groups = 1 + _bits(shapes.group_scale.shape, jnp.uint8, keys[1]) % 16
-        # code * s - 8 s lies in -128..112 for every code.
-        made = {"group_scale": groups, "group_offset": (-8 * groups.astype(jnp.int8))}
-    else:
-        step = k**-0.5 / CODE_STD
-        made = {"scaled_zero": jnp.full(scale.shape, 7.5 * step, scale.dtype)}
-    channel_scale = jnp.full(scale.shape, step, scale.dtype)
-    return dataclasses.replace(shapes, codes=codes, channel_scale=channel_scale, **made)
+    """A container of these shapes: codes of normal weights, constant channel scales."""
+    kind, group_size = type(shapes), getattr(shapes, "group_size", -1)
+    levels = {W4PerGroup: PROTECTIVE_RANGE, W4PerChannel: 7.5, W8PerChannel: 127}[kind]
+    step = shapes.source.in_shape[0] ** -0.5 * LARGEST / levels
+    made = _layers(kind, (shapes.codes.shape[0], *weight_shape(shapes)), group_size, key)
+    scale = jnp.full(shapes.channel_scale.shape, step, shapes.channel_scale.dtype)
+    if kind is W4PerChannel:
+        made["scaled_zero"] = 7.5 * scale
+    return dataclasses.replace(shapes, channel_scale=scale, **made)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _bits(shape: tuple[int, ...], dtype: Any, key: jax.Array) -> jax.Array:
-    """Random bytes, layer by layer."""
-    octets = jax.lax.map(
-        lambda key: jax.random.bits(key, shape[1:], jnp.uint8), jax.random.split(key, shape[0])
-    )
-    return jax.lax.bitcast_convert_type(octets, dtype)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _layers(kind: Any, shape: tuple[int, int, int], group_size: int, key: jax.Array) -> dict:
+    """Codes, and group scales, of [L, N, K] random weights, layer by layer."""
+
+    def layer(key: jax.Array) -> dict:
+        w = jax.random.normal(key, shape[1:]) / LARGEST
+        if kind is W8PerChannel:
+            return {"codes": jnp.clip(jnp.round(127 * w), -127, 127).astype(jnp.int8)}
+        if kind is W4PerChannel:
+            codes = jnp.clip(jnp.round(7.5 * w + 7.5), 0, 15)
+            return {"codes": pack_nibbles(codes.astype(jnp.uint8))}
+        w = jnp.clip(w, -1, 1).at[:, 0].set(1)  # so the channel's scale is the constant one
+        codes, _, scale, offset = quantize_progressive(w, group_size)
+        return {"codes": pack_nibbles(codes), "group_scale": scale, "group_offset": offset}
+
+    return jax.lax.map(layer, jax.random.split(key, shape[0]))

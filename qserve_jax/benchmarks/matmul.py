@@ -31,8 +31,8 @@ from qserve_jax.benchmarks.provenance import kernels
 from qserve_jax.benchmarks.report import Report, baseline, drop_row, has_row
 from qserve_jax.benchmarks.shapes import Shape
 from qserve_jax.pallas_kernels import w4a8_matmul
-from qserve_jax.pallas_kernels.w4a8_matmul import from_kernel_layout, mosaic_sm90, take_layer
-from qserve_jax.pallas_kernels.w4a8_matmul.tuning import chosen_config
+from qserve_jax.pallas_kernels.w4a8_matmul import from_kernel_layout, take_layer
+from qserve_jax.pallas_kernels.w4a8_matmul.tuning import chosen_config, chosen_design
 from qserve_jax.quantization.qtensor import Array
 
 
@@ -247,9 +247,9 @@ def _config(row: dict[str, Any]) -> dict[str, int] | None:
     """Of a row's kernel, tuned or by the rules; the reference has none."""
     if row["backend"] == "reference":
         return None
-    small = row["backend"] == "mosaic_mma" or row["m"] <= mosaic_sm90.MMA_TOKENS
-    design, per_group = "mma" if small else "wgmma", row["group_size"] != -1
-    return dataclasses.asdict(chosen_config(design, row["m"], row["n"], row["k"], per_group))
+    sizes = row["m"], row["n"], row["k"], row["group_size"] != -1
+    design = "mma" if row["backend"] == "mosaic_mma" else chosen_design(*sizes)
+    return dataclasses.asdict(chosen_config(design, *sizes))
 
 
 def _keep(row: dict[str, Any], place: str, bench: Bench) -> None:

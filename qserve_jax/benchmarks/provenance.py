@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tokenize
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ import jax
 
 PACKAGE = Path(__file__).parents[1]
 ROOT = PACKAGE.parent
-CHOOSERS = ("*_rules.py", "tuning.py")
-"""Files whose work a row shows in its "config"."""
+ASIDE = ("*_rules.py", "tuning.py", "api.py", "reference.py")
+"""Files whose work a row shows in its "config", and those that no kernel is made of."""
 NUMBERS = ("numerics", "packing", "qtensor")
 OPS = {
     "matmul": ("w4a8_matmul",),
     "attention": ("paged_attention", "append_kv", "page_layout.py"),
 }
+BLANK = (tokenize.COMMENT, tokenize.NL)
+LINE_ENDS = (tokenize.ENCODING, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
 SHARED = ("pallas_kernels/intrinsics", *(f"quantization/{name}.py" for name in NUMBERS))
 
 
@@ -36,16 +39,28 @@ def provenance() -> dict[str, Any]:
 
 
 def kernels(op: str, package: Path = PACKAGE) -> str:
-    """A hash of the sources that the time of an operation (of OPS) with a given config depends on:
+    """A hash of the code that the time of an operation (of OPS) with a given config depends on:
     by it a row of one commit is known to be of another commit's kernels too."""
     found = hashlib.sha256()
     for source in (*(f"pallas_kernels/{name}" for name in OPS[op]), *SHARED):
         top = (package / source).resolve()  # of a link, the folder
         for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
-            if path.suffix == ".py" and not any(map(path.match, CHOOSERS)):
-                content = path.read_bytes()
-                found.update(f"{source} {path.relative_to(top)} {len(content)} ".encode() + content)
+            if path.suffix == ".py" and not any(map(path.match, ASIDE)):
+                found.update(f"{source} {path.relative_to(top)} {_code(path)} ".encode())
     return found.hexdigest()[:12]
+
+
+def _code(path: Path) -> list[tuple[str, str]]:
+    """A file's tokens, without comments, documentation and blanks."""
+    with path.open("rb") as file:
+        tokens = [t for t in tokenize.tokenize(file.readline) if t.type not in BLANK]
+    lines = [[]]
+    for token in tokens:
+        lines[-1].append((tokenize.tok_name[token.type], token.string.strip()))
+        if token.type in LINE_ENDS:
+            lines.append([])
+    documentation = ["STRING", "NEWLINE"]
+    return [x for line in lines if [kind for kind, _ in line] != documentation for x in line]
 
 
 def commit() -> str:

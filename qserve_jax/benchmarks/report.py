@@ -102,8 +102,12 @@ def is_matmul(report: Report) -> bool:
     times = [row.get(name) for row in rows for name in ("bf16_us", "int8_us", "fp8_us")]
     times += [part.get(name) for part in others for name in COLUMNS]
     given = needed + [us for us in times if us is not None]
-    numbers = all(type(x) in (int, float) for x in given)
-    return "op" not in report and numbers and all(row["us"] > 0 for row in rows)
+    return "op" not in report and are_numbers(given) and all(row["us"] > 0 for row in rows)
+
+
+def are_numbers(values: list[Any]) -> bool:
+    """Whether these, of a JSON file, are finite numbers."""
+    return all(type(x) in (int, float) and abs(x) < float("inf") for x in values)
 
 
 def _say_origins(report: Report) -> None:

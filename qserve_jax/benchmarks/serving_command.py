@@ -66,7 +66,7 @@ def add_parsers(commands: Any) -> None:
         add("--plot", type=_cli.picture, metavar="FILE.png", help="draw the rows")
         # fmt: on
         _cli.add_model_arguments(parser)
-        parser.set_defaults(run=run)
+        parser.set_defaults(run=run, parser=parser)
 
 
 def positive_float(text: str) -> float:
@@ -153,6 +153,7 @@ def measure(args: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
                 "attends": args.attends,
                 "lm_head_bits": args.lm_head_bits,
                 "xla_flags": os.environ.get("XLA_FLAGS") or None,
+                "sums": os.environ.get("QSERVE_JAX_SUMS", "auto").replace("auto", "") or None,
                 **case,
                 **{name: getattr(args, name, None) for name in SETTINGS},
             }

@@ -2,14 +2,18 @@
 
 The file: device, jax, commit, versions; rows {"bench", "model", "precision", "group_size", "batch",
 "input", "output", "tokens_per_s", "ttft_ms", "tpot_ms", "peak_gib", "gpus", ...}. tokens_per_s is
-null where a case does not fit, and `problem` says why. `gpus` share the model: tokens_per_s is what
-they make together; weights_gib, cache_gib, kv_bytes_per_token and peak_gib are of the fullest one.
-compiled_s: seconds of the timed run that went into compiling, 0 where the warm-up met all shapes.
+null where a case does not fit, and `problem` says why; it also says what else is wrong with a row.
+`gpus` share the model: tokens_per_s is what they make together; weights_gib, cache_gib,
+kv_bytes_per_token and peak_gib are of the fullest one.
+compiled_s: seconds of the timed run that went into compiling, 0 where the warm-up met all shapes;
+otherwise that is its `problem`.
 prefill_wait_s, decode_wait_s: seconds that the host waited for each kind of call, in the order of
 their launches. That is no measure of either: where a launch blocks, or the host is late, seconds
 count for the call whose results it looks at next. Together they are the run. (`prefill_s` and
 `decode_s` of older rows are the same.)
 peak_gib is that of the process so far: for the peak of one case run that case alone.
+memory_limit_gib: what JAX may use of a device (`_cli.own_the_gpu`); what does not fit does not fit
+there. Rows of older commits had 75 % of the GPU and do not say so.
 
 A file may be continued at later commits: each row has the "commit" that measured it, and a case of
 another commit is measured again when its turn comes.
@@ -34,7 +38,7 @@ SETTINGS = (
 """Flags that change what is measured, as they were given."""
 KEY = (
     *("bench", "model", "precision", "group_size", "batch", "input", "output", "gpus", "rate"),
-    *("attends", "lm_head_bits", "xla_flags", *SETTINGS),
+    *("attends", "lm_head_bits", "xla_flags", "sums", *SETTINGS),
 )
 """What tells cases apart."""
 COLUMNS = (

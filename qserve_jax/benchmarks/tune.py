@@ -28,15 +28,20 @@ def neighbours(config: Any) -> Iterator[Any]:
 
 
 def climb(
-    start: Any, check: Callable[[Any], None], measure: Measure, rounds: int
+    start: Any,
+    check: Callable[[Any], None],
+    measure: Measure,
+    rounds: int,
+    others: Sequence[Any] = (),
 ) -> tuple[Any, float, float]:
     """(best config, its time, the time of start), after at most `rounds` times all neighbours.
 
+    others: configs that are tried first, for what no uphill path leads to.
     check raises ValueError on a config that is not to be tried. Raises RuntimeError where start
     has no time.
     """
-    best, us, first = best_of(start, [], measure)
-    seen = {start}
+    best, us, first = best_of(start, others, measure)
+    seen = {start, *others}
     for _ in range(rounds):
         tried = [c for c in dict.fromkeys(neighbours(best)) if c not in seen and can_run(c, check)]
         seen.update(tried)

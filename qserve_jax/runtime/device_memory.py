@@ -20,6 +20,14 @@ def held_bytes(tree: Any) -> int:
     return max(held.values(), default=0)
 
 
+def limit_bytes() -> int | None:
+    """Bytes that JAX may use of the device that lets it use least; None where they do not say."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    if not all("bytes_limit" in found for found in stats):
+        return None
+    return min(found["bytes_limit"] for found in stats)
+
+
 def free_bytes(mesh: Mesh | None) -> int | None:
     """Bytes that every device of the mesh (None: the first one) has free; None where they do not
     say."""

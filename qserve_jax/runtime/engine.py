@@ -50,6 +50,7 @@ from qserve_jax.runtime.sampling import (
 from qserve_jax.runtime.scheduler import Chunk, Plan, Scheduler
 from qserve_jax.runtime.sequence import Sequence, StreamOutput, take_logprobs
 from qserve_jax.runtime.slots import Live, decode_slots, make_live, prefill_slots
+from qserve_jax.runtime.turns import Turns
 
 MAX_DECODE_STEPS = 64
 WAITING_STEPS = 16
@@ -113,8 +114,9 @@ class Engine:
             options["out_shardings"] = shardings(places, mesh)
         self._prefill = jax.jit(prefill_slots, static_argnames=static[:3], **options)
         self._decode = jax.jit(decode_slots, static_argnames=static, **options)
-        self._turn = threading.Condition()
-        self._stepping = False
+        self._turns = Turns()
+        self._in_order = True  # not while a turn is at work, nor after one that was interrupted
+        self._taking: Sequence | None = None
         self._arrivals: deque[Sequence] = deque()
         self._cancelled: deque[Sequence] = deque()
         self._watched: set[Sequence] = set()  # those with a listener that have not finished
@@ -166,27 +168,18 @@ class Engine:
     def cancel(self, sequences: Seq[Sequence]) -> None:
         """Drop those that have not finished: at once, or after the step that runs."""
         self._cancelled.extend(sequences)
-        with self._turn:
-            if not self._stepping:
-                self._accept()
+        self._turns.take(self._accept_only)
 
     def run_until(self, done: Callable[[], Any]) -> None:
         """Step until done(), or wait for the thread that does. Raises what a step raises."""
-        with self._turn:
-            while not done():
-                if self._stepping:
-                    self._turn.wait()
-                    continue
-                self._stepping = True
-                self._turn.release()
-                try:
-                    self.step()
-                finally:
-                    self._turn.acquire()
-                    self._stepping = False
-                    if self._cancelled:
-                        self._accept()
-                    self._turn.notify_all()
+        while not done():
+            try:
+                stepped = self._turns.take(self.step)
+            finally:
+                if self._cancelled:  # by a thread whose turn it was not
+                    self._turns.take(self._accept_only)
+            if not stepped:
+                self._turns.wait()
 
     @property
     def idle(self) -> bool:
@@ -203,7 +196,7 @@ class Engine:
         if not (self.scheduler.waiting or self.scheduler.running):
             self._forget_shapes()
         while self._arrivals:
-            sequence = self._arrivals.popleft()
+            sequence = self._arrivals[0]  # and there until it waits: a Ctrl-C loses nobody
             features = sampling_features([sequence.params])
             features = bucket_features(features, self.model.config.vocab_size)
             self._features = join_features(self._features, features)
@@ -211,12 +204,14 @@ class Engine:
             self.scheduler.waiting.append(sequence)
             if sequence.listener is not None:
                 self._watched.add(sequence)
+            self._arrivals.popleft()
         while self._cancelled:
-            sequence = self._cancelled.popleft()
+            sequence = self._cancelled[0]
             self._watched.discard(sequence)
             if not sequence.done:
                 sequence.finish_reason = "abort"
                 self.scheduler.drop(sequence)
+            self._cancelled.popleft()
         if not self.scheduler.running:  # nobody is left to whom a call could bring something
             self._calls.clear()
 
@@ -228,21 +223,51 @@ class Engine:
         After an exception the sequences are as the host last saw them, and wait to be computed
         anew: a call that was interrupted may have taken the cache with it.
         """
+        self._orderly(self._step)
+        self._log_status()
+
+    def _step(self) -> None:
+        self._accept()
+        launched = self._launch()
+        while len(self._calls) > launched:
+            self._process(self._calls.popleft())
+
+    def _accept_only(self) -> None:
+        self._orderly(self._accept)
+
+    def _orderly(self, work: Callable[[], None]) -> None:
+        """Do the work. Where it is interrupted all is put in order, at once or, should that be
+        interrupted too, before the next."""
+        if not self._in_order:
+            self._recover()
+        self._in_order = False
         try:
-            self._accept()
-            launched = self._launch()
-            while len(self._calls) > launched:
-                self._process(self._calls.popleft())
+            work()
         except BaseException:
             self._recover()
             raise
-        self._log_status()
+        self._in_order = True
 
     def _recover(self) -> None:
+        """Everyone waits with nothing but its tokens. May itself be interrupted and begun anew."""
         self._calls.clear()
-        self.scheduler.preempt_all()
-        self.pool.forget()
         self._cache = self._live = self._decoding = None
+        self.pool.clear()
+        self.scheduler.preempt_all()
+        if self._taking is not None:
+            self._fail_taking(self._taking)
+        waiting = self.scheduler.waiting
+        while self._arrivals and self._arrivals[0] in waiting:
+            self._arrivals.popleft()
+        self._watched = {s for s in waiting if s.listener is not None}
+        self._in_order = True
+
+    def _fail_taking(self, sequence: Sequence) -> None:
+        """Some of its new tokens may be in its text, and some not: it cannot go on."""
+        sequence.fail(RuntimeError("interrupted while its tokens were read: ask again"))
+        self.scheduler.drop(sequence)
+        self._taking = None
+        self._tell(sequence, "", len(sequence.tokens))
 
     def _launch(self) -> bool:
         """The next calls; whether there were any."""
@@ -380,6 +405,7 @@ class Engine:
 
     def _take(self, sequence: Sequence, out: Any, row: int, count: int, now: float) -> None:
         """Move `count` tokens of a SampleOutput's row to the sequence, up to where it ends."""
+        self._taking = sequence
         first, text = len(sequence.tokens), ""
         tokens, finite = out.tokens[row, :count].tolist(), out.finite[row, :count].tolist()
         for step in range(count):
@@ -395,24 +421,29 @@ class Engine:
                 break
         sequence.first_token_time = sequence.first_token_time or now
         sequence.end_time = now
-        new = sequence.tokens[first:]
-        self.stats.generated_tokens += len(new)
+        self.stats.generated_tokens += len(sequence.tokens) - first
         self.scheduler.share_generated(sequence)
         if sequence.done:
             self.scheduler.drop(sequence)
             self._watched.discard(sequence)
-        if sequence.listener is not None and (sequence.streams or sequence.done):
-            wants = sequence.params.logprobs is not None
-            sequence.listener(
-                StreamOutput(
-                    index=sequence.index,
-                    sample=sequence.sample,
-                    text=text,
-                    token_ids=new,
-                    finish_reason=sequence.finish_reason,
-                    logprobs=sequence.logprobs[first:] if wants else None,
-                )
+        self._tell(sequence, text, first)
+        self._taking = None
+
+    def _tell(self, sequence: Sequence, text: str, first: int) -> None:
+        """The listener hears of the tokens from `first` on, and their text."""
+        if sequence.listener is None or not (sequence.streams or sequence.done):
+            return
+        wants = sequence.params.logprobs is not None
+        sequence.listener(
+            StreamOutput(
+                index=sequence.index,
+                sample=sequence.sample,
+                text=text,
+                token_ids=sequence.tokens[first:],
+                finish_reason=sequence.finish_reason,
+                logprobs=sequence.logprobs[first:] if wants else None,
             )
+        )
 
     def status(self) -> EngineStatus:
         """What the engine is doing."""

@@ -95,6 +95,11 @@ class LLM:
             raise ValueError(f"lm_head_bits={lm_head_bits!r} is not supported: use 8 or 16")
         if tensor_parallel_size is not None:
             tensor_parallel_size = checked_integer("tensor_parallel_size", tensor_parallel_size, 1)
+        if enable_prefix_caching is not None and not isinstance(enable_prefix_caching, bool):
+            raise ValueError(
+                f"enable_prefix_caching={enable_prefix_caching!r:.40} must be True or False: use "
+                "None to share where that changes no token"
+            )
         self.attends = attends
         loaded_here = not isinstance(model, LoadedModel)
         if not isinstance(model, LoadedModel):
@@ -256,7 +261,8 @@ class LLM:
                 f"prompt has {len(ids)} tokens but the context holds {self.max_model_len}: "
                 f"at most {self.max_model_len - 1} leave room to generate"
             )
-        limit = min(params.max_tokens, self.max_model_len - len(ids))
+        room = self.max_model_len - len(ids)
+        limit = room if params.max_tokens is None else min(params.max_tokens, room)
         needed = self.pool.pages_for(len(ids) + limit)
         if needed > self.pool.num_pages:
             raise ValueError(
@@ -275,7 +281,7 @@ class LLM:
                 params=params,
                 seed=(seed + (sample << 32)) % 2**64,
                 limit=limit,
-                stop_ids=(*eos, *params.stop_token_ids),
+                stop_ids=(*eos, *(params.stop_token_ids or ())),
                 detokenizer=IncrementalDetokenizer(
                     self.tokenizer,
                     skip_special_tokens=params.skip_special_tokens,

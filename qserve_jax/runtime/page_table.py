@@ -29,8 +29,12 @@ class PagePool:
 
     def __init__(self, num_pages: int, page_size: int):
         self.num_pages, self.page_size = num_pages, page_size
-        self._free = list(range(num_pages - 1, -1, -1))
-        self._users = [0] * num_pages
+        self.clear()
+
+    def clear(self) -> None:
+        """Nobody uses any page, and the contents of all are lost."""
+        self._free = list(range(self.num_pages - 1, -1, -1))
+        self._users = [0] * self.num_pages
         self._key_of: dict[int, bytes] = {}
         self._page_of: dict[bytes, int] = {}
         self._unused: dict[int, None] = {}  # pages with a key and no user, longest unused first
@@ -85,10 +89,3 @@ class PagePool:
             self._users[page] += 1
             pages.append(page)
         return pages
-
-    def forget(self) -> None:
-        """Drop all keys: the contents are lost."""
-        self._free.extend(self._unused)
-        self._unused.clear()
-        self._key_of.clear()
-        self._page_of.clear()

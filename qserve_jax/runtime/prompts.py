@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,16 @@ def as_prompt_list(prompts: Any) -> list[Prompt]:
     return list(prompts)
 
 
-def encode_prompt(prompt: Any, tokenizer: Any, vocab_size: int) -> list[int]:
+def encode_prompt(
+    prompt: Any,
+    tokenizer: Any,
+    vocab_size: int,
+    check_text: Callable[[str], None] = lambda text: None,
+) -> list[int]:
     """Token ids of one prompt.
 
     tokenizer: a Hugging Face tokenizer, or None where the checkpoint has none.
+    check_text: called with the text before it is tokenised, to refuse it by an exception.
     A string is encoded with the tokenizer's special tokens, chat messages go through its chat
     template (with the generation prompt), a list of ids is taken as it is.
 
@@ -40,9 +46,12 @@ def encode_prompt(prompt: Any, tokenizer: Any, vocab_size: int) -> list[int]:
     without a tokenizer, or messages without a chat template.
     """
     if isinstance(prompt, str):
+        check_text(prompt)
         ids = _encode_text(prompt, _require(tokenizer, "a text prompt")) if prompt else []
     elif len(prompt) and isinstance(prompt[0], dict):
-        ids = _encode_messages(prompt, tokenizer)
+        text = _text_of_messages(prompt, tokenizer)
+        check_text(text)
+        ids = _encode_text(text, tokenizer, add_special_tokens=False)  # the template has put them
     else:
         ids = [_token_id(token) for token in prompt]
     if not ids:
@@ -53,12 +62,11 @@ def encode_prompt(prompt: Any, tokenizer: Any, vocab_size: int) -> list[int]:
     return ids
 
 
-def _encode_messages(messages: Sequence[dict[str, str]], tokenizer: Any) -> list[int]:
+def _text_of_messages(messages: Sequence[dict[str, str]], tokenizer: Any) -> str:
     tokenizer = _require(tokenizer, "a chat prompt")
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template: give the prompt as text")
-    text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-    return _encode_text(text, tokenizer, add_special_tokens=False)  # the template has put them
+    return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
 
 
 def _encode_text(text: str, tokenizer: Any, **options: Any) -> list[int]:

@@ -41,7 +41,9 @@ _LIMITS: dict[str, tuple[Callable[[object], bool], str, str]] = {
     "n": (
         _int_from(1, MAX_SAMPLES),
         f"an integer in [1, {MAX_SAMPLES}]", "use 1 for one completion"),
-    "max_tokens": (_int_from(1), "an integer >= 1", "use 1 for the shortest completion"),
+    "max_tokens": (
+        lambda v: v is None or _int_from(1)(v),
+        "an integer >= 1", "use 1 for the shortest completion"),
     "temperature": (_real_in(0, _FLOAT32_MAX), "a finite number >= 0", "use 0 for greedy"),
     "top_p": (lambda v: _is_real(v) and 0 < v <= 1, "in (0, 1]", "use 1 to turn it off"),  # type: ignore
     "top_k": (_int_from(-1), "an integer >= -1", "use 0 or -1 to turn it off"),
@@ -69,7 +71,7 @@ class SamplingParams:
 
     n: completions per prompt, at most 16384. More than 1 needs temperature > 0: greedy ones would
       be equal.
-    max_tokens: longest completion, in tokens.
+    max_tokens: longest completion, in tokens; None for as many as the model's context has room for.
     temperature: logits are divided by it; 0 takes the most likely token (greedy, the default).
     top_k: only the k most likely tokens; 0 or -1 turns it off.
     top_p: only the fewest most likely tokens whose probabilities add up to top_p or more.
@@ -88,11 +90,15 @@ class SamplingParams:
     include_stop_str_in_output: keep the stop string at the end of the text.
     skip_special_tokens: leave special tokens out of the text.
 
+    Not taken, so a TypeError: vLLM's min_tokens, bad_words, allowed_token_ids, prompt_logprobs,
+    detokenize, spaces_between_special_tokens, truncate_prompt_tokens, logits_processors,
+    structured_outputs, output_kind and extra_args.
+
     Raises ValueError, in one line, on any value outside its limits.
     """
 
     n: int = 1
-    max_tokens: int = 256
+    max_tokens: int | None = 256
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -103,7 +109,7 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     seed: int | None = None
     stop: Sequence[str] | None = ()  # a str is a Sequence[str]; always a tuple once constructed
-    stop_token_ids: Sequence[int] = ()
+    stop_token_ids: Sequence[int] | None = ()  # so is this
     ignore_eos: bool = False
     logprobs: int | None = None
     include_stop_str_in_output: bool = False
@@ -113,7 +119,7 @@ class SamplingParams:
         for field, (allowed, limit, cure) in _LIMITS.items():
             value = getattr(self, field)
             if not allowed(value):
-                raise ValueError(f"{field}={value!r} must be {limit}: {cure}")
+                raise ValueError(f"{field}={short(value)} must be {limit}: {cure}")
         if self.n > 1 and self.temperature == 0:
             raise ValueError(
                 f"n={self.n} greedy completions would be equal: use temperature > 0, or n=1"
@@ -123,25 +129,36 @@ class SamplingParams:
         _check_bias(self.logit_bias)
 
 
+def short(value: object) -> str:
+    """The value in an error's line, without the middle of a long one."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:40]} ... {text[-20:]}"
+
+
 def _checked_stop(stop: object) -> tuple[str, ...]:
     stop = () if stop is None else (stop,) if isinstance(stop, str) else stop
     if not isinstance(stop, Sequence):
-        raise ValueError(f"stop={stop!r} must be a string or strings: use [text, ...]")
+        raise ValueError(f"stop={short(stop)} must be a string or strings: use [text, ...]")
     for string in stop:
         if not isinstance(string, str) or not string:
-            raise ValueError(f"stop={stop!r} must hold non-empty strings only: remove {string!r}")
+            raise ValueError(
+                f"stop={short(stop)} must hold non-empty strings only: remove {short(string)}"
+            )
         if not is_utf8(string):
-            raise ValueError(f"stop={stop!r} must hold UTF-8 text only: correct {string!r}")
+            raise ValueError(
+                f"stop={short(stop)} must hold UTF-8 text only: correct {short(string)}"
+            )
     return tuple(stop)
 
 
 def _checked_stop_ids(ids: object) -> tuple[int, ...]:
+    ids = () if ids is None else ids
     if isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence):
-        raise ValueError(f"stop_token_ids={ids!r} must be a list of token ids: use [id, ...]")
+        raise ValueError(f"stop_token_ids={short(ids)} must be a list of token ids: use [id, ...]")
     for token in ids:
         if not _int_from(0)(token):
             raise ValueError(
-                f"stop_token_ids={ids!r} must hold integers >= 0 only: remove {token!r}"
+                f"stop_token_ids={short(ids)} must hold integers >= 0 only: remove {short(token)}"
             )
     return tuple(int(token) for token in ids)
 
@@ -150,13 +167,16 @@ def _check_bias(bias: object) -> None:
     if bias is None:
         return
     if not isinstance(bias, dict):
-        raise ValueError(f"logit_bias={bias!r} must be a dict: use {{token_id: bias}}")
+        raise ValueError(f"logit_bias={short(bias)} must be a dict: use {{token_id: bias}}")
     for token, value in bias.items():
         if not _int_from(0)(token):
-            raise ValueError(f"logit_bias key {token!r} must be an integer >= 0: use a token id")
+            raise ValueError(
+                f"logit_bias key {short(token)} must be an integer >= 0: use a token id"
+            )
         if not _real_in(-100, 100)(value):
             raise ValueError(
-                f"logit_bias[{token}]={value!r} must be in [-100, 100]: use -100 to ban the token"
+                f"logit_bias[{token}]={short(value)} must be in [-100, 100]: "
+                "use -100 to ban the token"
             )
 
 
@@ -168,7 +188,7 @@ def validate_vocab(params: SamplingParams, vocab_size: int) -> None:
     """
     for field, ids in (
         ("logit_bias", params.logit_bias or {}),
-        ("stop_token_ids", params.stop_token_ids),
+        ("stop_token_ids", params.stop_token_ids or ()),
     ):
         for token in ids:
             if token >= vocab_size:

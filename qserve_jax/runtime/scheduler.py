@@ -73,7 +73,11 @@ class Scheduler:
         budget = 1 << (max_num_batched_tokens.bit_length() - 1)
         self._longest_chunk = min(budget, PIECE) if in_pieces else budget
         self._share_prefixes, self._salted = share_prefixes, salted
-        self._slots = list(range(max_num_seqs - 1, -1, -1))
+        self._max_num_seqs = max_num_seqs
+        self._slots = self._all_slots()
+
+    def _all_slots(self) -> list[int]:
+        return list(range(self._max_num_seqs - 1, -1, -1))
 
     def schedule(
         self, most_steps: int, waiting_steps: int, *, drained: bool, between: int = 1
@@ -85,13 +89,11 @@ class Scheduler:
         drained: no call is on its way. Only then is somebody preempted, because only then are all
           tokens known; otherwise the answer is None: look at what the calls bring, and come again.
         """
-        preempted = False
         while not self._grow(self._decoding(), 1):
             if not drained:
                 return None
-            self._preempt(self.running[-1])
-            preempted = True
-        chunks, more_prefill = self._next_chunks(admit=not preempted)
+            self._preempt(self.running[-1])  # which needs more than is free now, and waits in front
+        chunks, more_prefill = self._next_chunks()
         decoding = self._decoding()
         steps = min(most_steps, max([s.steps_left for s in decoding], default=0))
         if self.waiting:
@@ -116,14 +118,14 @@ class Scheduler:
                 sequence.pages += pool.allocate(count) or []
         return True
 
-    def _next_chunks(self, *, admit: bool) -> tuple[list[Chunk], bool]:
+    def _next_chunks(self) -> tuple[list[Chunk], bool]:
         """The next prefill call: prompts begun before, then new ones, in order, within the budget;
         and whether some are left that could run but for the budget."""
         chunks: list[Chunk] = []
         for sequence in self.running:
             if not self._add_chunks(sequence, chunks):
                 return chunks, True
-        while admit and self.waiting and self._slots:
+        while self.waiting and self._slots:
             sequence = self.waiting[0]
             if not self._take_pages(sequence):
                 break
@@ -131,9 +133,9 @@ class Scheduler:
             if not self._add_chunk(sequence, chunks):
                 self._return_pages(sequence)
                 return chunks, True
-            self.waiting.popleft()
             sequence.slot = self._slots.pop()
             self.running.append(sequence)
+            self.waiting.popleft()  # only now: an interruption loses nobody
             self.shared_tokens += shared
             if self._in_pieces and not self._add_chunks(sequence, chunks):
                 return chunks, True
@@ -207,19 +209,23 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """The sequence waits again, at the front; everything it held is free."""
+        self.waiting.appendleft(sequence)  # first: who is interrupted here may be there twice
         self.drop(sequence)
         self.preemptions += 1
-        self.waiting.appendleft(sequence)
 
     def preempt_all(self) -> None:
-        """Everyone waits again, in order: what the device had is lost. But for those that have
-        finished, where the interruption came before they were dropped."""
-        for sequence in reversed(list(self.running)):
+        """Everyone waits again, in order, and has nothing, as the pool's owner sees to: what the
+        device had is lost. But for those that have finished, where the interruption came before
+        they were dropped. Interrupted at whatever moment, here too, nobody is lost."""
+        self.preemptions += len(self.running)
+        everyone = dict.fromkeys([*self.running, *self.waiting])
+        for sequence in everyone:
+            sequence.pages, sequence.slot = [], -1
+            sequence.published = sequence.computed = sequence.goal = 0
             sequence.pending = sequence.sure = 0
-            if sequence.done:
-                self.drop(sequence)
-            else:
-                self._preempt(sequence)
+        self.waiting = deque(s for s in everyone if not s.done)
+        self.running = []
+        self._slots = self._all_slots()
 
     def drop(self, sequence: Sequence) -> None:
         """Take back what the sequence holds, whether it waits or runs or is unknown."""

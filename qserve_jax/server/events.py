@@ -15,6 +15,8 @@ from qserve_jax.server.body import while_connected
 from qserve_jax.server.errors import ApiError, json_bytes
 
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies shall not collect them
+SEND_SECONDS = 60
+"""A client that takes nothing for so long has gone: what it asked for holds places and pages."""
 DONE = b"data: [DONE]\n\n"
 
 
@@ -24,7 +26,7 @@ def event(value: Json) -> bytes:
 
 
 class EventStream(Response):
-    """Chunks as events, then [DONE]; closes `chunks` when the client goes.
+    """Chunks as events, then [DONE]; closes `chunks` when the client goes, or does not read.
 
     An error before the first chunk is an answer of its own status. After it, the error object is
     the last event, and there is no [DONE].
@@ -54,4 +56,9 @@ class EventStream(Response):
             await self._body(send, b"", more=False)
 
     async def _body(self, send: Send, data: bytes, *, more: bool = True) -> None:
-        await send({"type": "http.response.body", "body": data, "more_body": more})
+        message = {"type": "http.response.body", "body": data, "more_body": more}
+        try:
+            async with asyncio.timeout(SEND_SECONDS):
+                await send(message)
+        except TimeoutError:
+            raise ClientDisconnect from None

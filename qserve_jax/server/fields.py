@@ -112,7 +112,7 @@ def checked_fields(body: dict[str, Any], known: dict[str, Kind]) -> dict[str, An
             fields[name] = value
         elif name not in NEUTRAL:
             raise ApiError(400, f"{name!r:.60} is no field of this request: remove it", param=name)
-        elif value not in NEUTRAL[name]:
+        elif not any(type(value) is type(v) and value == v for v in NEUTRAL[name]):  # True == 1
             message = f"{name}={value!r:.60} is not supported: leave it out"
             raise ApiError(400, message, param=name, code="unsupported_value")
     return fields

@@ -73,6 +73,9 @@ def completion_job(body: dict[str, Any]) -> Job:
 def chat_job(body: dict[str, Any]) -> Job:
     """The job of a body of /v1/chat/completions. Raises ApiError 400."""
     fields = checked_fields(body, CHAT)
+    for name in ("max_tokens", "max_completion_tokens"):  # of two the second counts
+        if fields.get(name, 1) < 1:
+            raise ApiError(400, f"{name}={fields[name]} must be >= 1: ask for more", param=name)
     top = fields.get("top_logprobs")
     check_logprobs("top_logprobs", top)
     if top is not None and not fields.get("logprobs"):

@@ -17,22 +17,31 @@ from qserve_jax.server.service import CUT_SECONDS, Service
 
 def bound_socket(host: str, port: int) -> socket.socket:
     """A socket that holds the address, and does not listen yet. Raises ValueError."""
-    bound = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # right after a restart
-        bound.bind(address)
     except OSError as error:
-        if bound is not None:
-            bound.close()
-        reason = error.strerror or error
-        raise ValueError(
-            f"--host {host} --port {port} cannot be listened on ({reason}): use another one"
-        ) from None
+        raise not_listened_on(host, port, error) from None
+    bound = socket.socket(family, kind, protocol)
+    try:
+        try:
+            bound.bind(address)  # for us alone, while the model loads
+        except OSError:  # as it may be because connections of a server before us linger
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise not_listened_on(host, port, error) from None
     return bound
+
+
+def not_listened_on(host: str, port: int, error: OSError) -> ValueError:
+    """What is said of an address that cannot be had."""
+    reason = error.strerror or error
+    return ValueError(
+        f"--host {host} --port {port} cannot be listened on ({reason}): use another one"
+    )
 
 
 class Server(uvicorn.Server):
@@ -75,8 +84,16 @@ async def serve_app(
 ) -> int:
     """Serve until a signal comes and what runs has ended, or `grace` seconds are over.
 
-    ready: called when clients can connect. Returns the signal.
+    ready: called when clients can connect. Returns the signal. Raises ValueError where the address
+    was taken meanwhile.
     """
+    # From now on, for the connections inherit it: the next server may bind while they linger.
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.listen()
+    except OSError as error:
+        host, port = bound.getsockname()[:2]
+        raise not_listened_on(host, port, error) from None
     config = uvicorn.Config(
         app,
         loop="asyncio",

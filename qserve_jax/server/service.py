@@ -21,9 +21,10 @@ from qserve_jax.server.errors import ApiError
 from qserve_jax.server.fields import named_field
 from qserve_jax.server.job import Job
 from qserve_jax.server.metrics import Metrics
-from qserve_jax.server.token_text import token_bytes
+from qserve_jax.server.token_text import most_characters, token_bytes
 
 HEALTH_SECONDS = 30
+TOO_LONG = "context_length_exceeded"
 CUT_SECONDS = 2
 """What requests get to say goodbye to their clients when their time is up."""
 
@@ -50,6 +51,7 @@ class Service:
         self.engine, self.name, self.limits = engine, name, limits
         self.metrics = Metrics(engine.llm)
         self.bytes_of = token_bytes(engine.llm.tokenizer)
+        self._most_characters = most_characters(engine.llm.tokenizer)
         self.open = self.requests = 0
         self.draining = self.cut = False
         self.failure: str | None = None
@@ -103,8 +105,15 @@ class Service:
     def _encode(self, job: Job) -> tuple[list[list[int]], list[str] | None]:
         """Token ids of the prompts, and their texts where they are to be echoed."""
         llm, field = self.engine.llm, "messages" if job.chat else "prompt"
+
+        def check(text: str) -> None:
+            self._check_text(len(text), field)
+
         try:
-            prompts = [encode_prompt(p, llm.tokenizer, llm.config.vocab_size) for p in job.prompts]
+            prompts = [
+                encode_prompt(prompt, llm.tokenizer, llm.config.vocab_size, check)
+                for prompt in job.prompts
+            ]
         except ValueError as error:
             raise ApiError(400, str(error), param=field) from None
         except (jinja2.TemplateError, TypeError) as error:
@@ -121,13 +130,21 @@ class Service:
             for raw, ids in zip(job.prompts, prompts, strict=True)
         ]
 
+    def _check_text(self, length: int, field: str) -> None:
+        """What cannot but be too long is not tokenised: megabytes take seconds, others wait."""
+        if self._most_characters is not None and length > self._limit() * self._most_characters:
+            message = f"the prompt has {length} characters, the limit is {self._limit()} tokens"
+            raise ApiError(400, f"{message}: shorten it", param=field, code=TOO_LONG)
+
     def _check_length(self, length: int, field: str) -> None:
-        limit = self._room() - 1
-        if self.limits.max_prompt_tokens is not None:
-            limit = min(limit, self.limits.max_prompt_tokens)
-        if length > limit:
-            message = f"the prompt has {length} tokens, the limit is {limit}: shorten it"
-            raise ApiError(400, message, param=field, code="context_length_exceeded")
+        if length > self._limit():
+            message = f"the prompt has {length} tokens, the limit is {self._limit()}: shorten it"
+            raise ApiError(400, message, param=field, code=TOO_LONG)
+
+    def _limit(self) -> int:
+        """Tokens of the longest prompt."""
+        most = self.limits.max_prompt_tokens
+        return self._room() - 1 if most is None else min(self._room() - 1, most)
 
     def _room(self) -> int:
         """Tokens of the longest prompt and completion."""
@@ -155,11 +172,10 @@ class Service:
             message = f"{count} completions are asked for, the limit is {most}: ask for fewer"
             raise ApiError(400, message, param="n")
         if self.open + count > most:
-            waiting = max(self.open - places, 0)
             raise ApiError(
                 429,
-                f"{waiting} completions wait and {count} more would exceed the queue of "
-                f"{self.limits.max_queue}: try again later",
+                f"{self.open} completions are accepted and {count} more would exceed {places} "
+                f"places and the queue of {self.limits.max_queue}: try again later",
                 code="queue_full",
                 headers={"Retry-After": "1"},
             )

@@ -1,7 +1,8 @@
-"""What one token stands for, by itself: its bytes, for log-probabilities."""
+"""What one token stands for, by itself: its bytes, for log-probabilities; how much text at most."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +48,63 @@ def token_bytes(tokenizer: Any | None) -> TokenBytes:
         return known[token]
 
     return lookup
+
+
+SHORTENING = {"NFC": 4, "Prepend": 1}
+"""Characters that become one: Unicode composes no more than four code points."""
+KEEPING = ("ByteLevel", "Metaspace", "Digits")
+
+
+def most_characters(tokenizer: Any | None) -> int | None:
+    """No token stands for more characters of a text than this, so that a text has at least
+    len(text) / most_characters tokens; None where that is not known.
+
+    It is known of byte-pair encodings that have a token for every byte, hence no unknown text of
+    any length, and whose other parts throw nothing away.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    spec = json.loads(backend.to_str())
+    added, vocabulary = spec["added_tokens"], spec["model"].get("vocab", ())
+    normalizers, splitters = (_parts(spec[name]) for name in ("normalizer", "pre_tokenizer"))
+    if any(token["lstrip"] or token["rstrip"] for token in added):  # with all spaces beside it
+        return None
+    if spec["model"]["type"] != "BPE" or not all(map(_keeps_text, splitters)):
+        return None
+    pieces = byte_of_character()
+    if "ByteLevel" not in [part["type"] for part in splitters]:
+        pieces = [f"<0x{byte:02X}>" for byte in range(256 * spec["model"]["byte_fallback"])]
+    if not pieces or not all(piece in vocabulary for piece in pieces):
+        return None
+    factor, longest = 1, max(map(len, vocabulary))
+    for part in normalizers:
+        shortening = SHORTENING.get(part["type"], _replaces_by_as_much(part))
+        if not shortening:
+            return None
+        factor *= shortening
+    for text in (token["content"] for token in added):  # found before and after normalising
+        normalized = backend.normalizer.normalize_str(text) if normalizers else ""
+        longest = max(longest, len(text), len(normalized))
+    return factor * longest
+
+
+def _parts(spec: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer."""
+    if spec is None:
+        return []
+    steps = spec.get("normalizers", spec.get("pretokenizers"))
+    return [spec] if steps is None else [part for step in steps for part in _parts(step)]
+
+
+def _keeps_text(part: dict[str, Any]) -> bool:
+    split = part["type"] == "Split" and part["behavior"] != "Removed"
+    return split or part["type"] in KEEPING
+
+
+def _replaces_by_as_much(part: dict[str, Any]) -> bool:
+    found = part.get("pattern", {}).get("String")
+    return part["type"] == "Replace" and bool(found) and len(found) <= len(part["content"])
 
 
 def shown(token: int, data: bytes | None) -> str:

@@ -21,7 +21,12 @@ from qserve_jax.benchmarks.attention_cases import (
     decode_cases,
     make_paged,
 )
-from qserve_jax.benchmarks.attention_error import dequantized, worst_error
+from qserve_jax.benchmarks.attention_error import (
+    attend_row,
+    dequantized,
+    sampled_rows,
+    worst_error,
+)
 from qserve_jax.benchmarks.ceilings import NAMES
 from qserve_jax.benchmarks.matmul import Bench
 from qserve_jax.pallas_kernels import paged_attention
@@ -113,9 +118,12 @@ def test_rows_and_resumption(small_cache, monkeypatch):
     assert row["gbps"] == pytest.approx(2 * 70 * 2 * (2 * 32 + 8) / 10 / 1e3)
     for row in report["rows"]:
         assert 1e-4 < row["rel_err"] < 2.5e-3  # rounding to bf16
-    assert [len(report[name]) for name in attention.LISTS] == [1, 1, 1]
-    assert 1e-4 < report["chunked_prefill"][0]["rel_err"] < 2.5e-3
-    assert len(report["baselines"]) == 4 and len(saved) == 6
+    assert [len(report[name]) for name in attention.LISTS] == [1, 2, 2]
+    for name in ("prefill", "chunked_prefill"):
+        assert [row["attends"] for row in report[name]] == ["quantized", "full"]
+    for row in (report["prefill"][0], *report["chunked_prefill"]):
+        assert 1e-4 < row["rel_err"] < 2.5e-3
+    assert len(report["baselines"]) == 4 and len(saved) == 8
     clock = FakeClock()
     again, _, _ = run(clock, monkeypatch, json.loads(saved[-1]))
     assert clock.calls == 0 and again.report == report
@@ -124,11 +132,11 @@ def test_rows_and_resumption(small_cache, monkeypatch):
         row["kernels"] = "of old"
     clock = FakeClock(20.0)
     again, _, _ = run(clock, monkeypatch, old)
-    assert clock.calls == 4 and again.report["baselines"] == report["baselines"]  # cuDNN's stay
+    assert clock.calls == 6 and again.report["baselines"] == report["baselines"]  # cuDNN's stay
     found = [(r["us"], r["cudnn_bf16_us"], r["commit"][0]) for r in again.report["rows"]]
     assert found == [(10.0, 10.0, "c"), (10.0, 10.0, "c"), (20.0, 10.0, "d")]
     for name in ("prefill", "chunked_prefill"):
-        assert [(r["us"], r["cudnn_bf16_us"]) for r in again.report[name]] == [(20.0, 10.0)]
+        assert [(r["us"], r["cudnn_bf16_us"]) for r in again.report[name]] == [(20.0, 10.0)] * 2
     assert "commit cccccccccccc, dddddddddddd\n" in attention_report.table(again.report)
     text = attention_report.table(report)
     assert "| reference | 4 | quantized | 4 | 2 | 64 | 2 | 70 | 10.0 |" in text
@@ -136,6 +144,40 @@ def test_rows_and_resumption(small_cache, monkeypatch):
     assert "chunked prefill" in text and "| 3-65 |" in text
     assert len(attention_report.comma_separated(report).splitlines()) == 4
     assert list(attention_report.curves(report)) == ["reference 4/2/64 KV4"]
+    assert attention_report.is_attention(report)
+
+
+def test_rows_that_do_not_say_what_they_attend_to_are_kept(small_cache, monkeypatch):
+    """Of fresh prompts they are "full", of chunks "quantized"; what they lack is measured."""
+    bench, _, _ = run(FakeClock(), monkeypatch)
+    old = json.loads(json.dumps(bench.report))
+    for name, attends in (("prefill", "full"), ("chunked_prefill", "quantized")):
+        old[name] = [row for row in old[name] if row.pop("attends") == attends]
+    clock = FakeClock(20.0)
+    again, _, _ = run(clock, monkeypatch, old)
+    assert clock.calls == 2
+    for name, times in (("prefill", [20.0, 10.0]), ("chunked_prefill", [10.0, 20.0])):
+        rows = sorted(again.report[name], key=lambda row: attention.ATTENDS.index(row["attends"]))
+        assert [row["us"] for row in rows] == times
+    text = attention_report.table(again.report)
+    assert "| full |" in text.split("chunked prefill")[0].split("prefill")[-1]
+    assert "| - |" in text  # of a column that one row lacks: no error of what is cuDNN's
+
+
+def test_the_error_of_a_chunk_is_of_what_it_attends_to():
+    case = Case(*SMALL, 4, (70,))
+    paged = make_paged(case, layers=2)
+    q = jax.random.normal(jax.random.key(0), (1, 6, 4, 64))
+    new = jax.random.normal(jax.random.key(1), (2, 1, 6, 2, 64))
+    options = {"layer": 1, "backend": "reference"}
+    for attends, tokens in (("quantized", None), ("full", [*new])):
+        more = {"new_k": new[0], "new_v": new[1]} if tokens else {}
+        attend = jax.jit(functools.partial(paged_attention, attends=attends, **options))
+        lens = (paged.lens, jnp.full(1, 6))
+        out = attend(q, paged.cache, paged.table, lens[0], query_lens=lens[1], **more)
+        other = None if tokens else [*new]
+        assert attention._chunk_error(case, paged, q, out, tokens) < 1e-5
+        assert attention._chunk_error(case, paged, q, out, other) > 0.01
 
 
 def test_a_case_that_fails_ends_no_other(small_cache, monkeypatch):
@@ -158,7 +200,7 @@ def test_a_case_that_fails_ends_no_other(small_cache, monkeypatch):
     vars(fail)["cache_clear"] = lambda: None
     monkeypatch.setattr(attention, "make_paged", fail)
     bench, _, _ = run(FakeClock(), monkeypatch)
-    assert len(bench.problems) == 3 + 3 and all("no room" in line for line in bench.problems)
+    assert len(bench.problems) == 3 + 5 and all("no room" in line for line in bench.problems)
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
@@ -181,6 +223,27 @@ def test_the_error_is_of_the_cache_that_is_read(bits):
     assert worst_error(case, paged, 1, q, out_full, [*new]) < 1e-5
     assert worst_error(case, paged, 1, q, out_full) > 0.01
     assert np.isnan(worst_error(case, paged, 1, q, out.at[0, 0, 0].set(jnp.nan)))
+
+
+def test_the_rows_that_are_checked():
+    """The longest and the shortest, wherever they are, and some of all others."""
+    uneven = tuple([500] * 20 + [9] + [500] * 30 + [4000] + [500] * 12)
+    rows = sampled_rows(uneven)
+    assert {0, 20, 51, 63} <= set(rows) and len(rows) == 16
+    assert max(np.diff(rows)) <= 5
+    assert sampled_rows((1024,) * 256)[:3] == [0, 20, 39] and len(sampled_rows((1024,) * 256)) == 14
+    assert sampled_rows((16384,) * 64) == [0, 21, 42, 63]
+    assert sampled_rows((131072,)) == [0] and sampled_rows((7, 5, 9)) == [0, 1, 2]
+
+
+def test_an_error_in_a_row_between_is_found():
+    case = Case(*SMALL, 8, (70,) * 40)
+    paged = make_paged(case, layers=2)
+    q = jax.random.normal(jax.random.key(0), (40, 4, 64))
+    out = np.stack([attend_row(case, paged, 1, row, np.asarray(q[row])) for row in range(40)])
+    assert worst_error(case, paged, 1, q, jnp.asarray(out)) < 1e-6
+    out[sampled_rows(case.lengths)[7]] *= 1.01
+    assert worst_error(case, paged, 1, q, jnp.asarray(out)) == pytest.approx(0.01, rel=1e-3)
 
 
 def test_the_sweep_is_the_issue_s():
@@ -217,6 +280,8 @@ def test_a_flag_asks_for_all_combinations():
     found = cases_of("--heads 14/2/64 --batch 1 16 --kv-bits 8 8")
     assert found == decode_cases((shape,), (8,), (1, 16), CONTEXTS) and len(found) == 8
     assert cases_of("--context 64") == decode_cases(HEADS, (4, 8, 16), BATCHES, (64,))
+    asked = cases_of("--heads 32/8/128 --kv-bits 4 --batch 128 --context 16384")
+    assert [case.lengths for case in asked] == [(16384,) * 128]
 
 
 def test_flags(capsys, tmp_path):
@@ -227,8 +292,66 @@ def test_flags(capsys, tmp_path):
     path = tmp_path / "saved.json"
     path.write_text(json.dumps(START))
     shown = ["kernels", "--op", "attention", "--no-run", "--save", str(path)]
-    with pytest.raises(UsageError, match="holds results of another --op"):
+    with pytest.raises(UsageError, match="holds no results of --op attention: name another"):
         command.bench(shown)
     path.write_text(json.dumps(attention.attention_report(START)))
     command.bench(shown)
     assert "a GPU, jax 1, commit cccccccccccc" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        (f"--op attention --batch {10**30}", f"'{10**30}' is not an integer in 1..65536: give one"),
+        (f"--op attention --context {10**30}", "is not an integer in 1..1048576: give one"),
+        ("--op attention --shapes 5x5", "--shapes is of --op matmul, not of --op attention: leave"),
+        ("--op attention --tokens 5", "--tokens is of --op matmul, not of --op attention: leave"),
+        ("--kv-bits 4", "--kv-bits is of --op attention, not of --op matmul: leave it out"),
+    ],
+)
+def test_flags_that_are_too_much(flags, line, capsys):
+    assert command.main(["kernels", *flags.split()]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and line in err
+
+
+SIZES = {"heads": 32, "kv_heads": 8, "head_dim": 128}
+HERE = {"backend": "mosaic_sm90", **SIZES, "us": 10.0, "kernels": "k", "commit": "c"}
+DECODE = HERE | {"kv_bits": 4, "b": 1, "ctx": 64, "attends": "full", "gbps": 1.0, "rel_err": None}
+SAVED = attention.attention_report(START) | {
+    "rows": [DECODE | {"cudnn_bf16_us": None}],
+    "append": [HERE | {"kv_bits": 4, "b": 1}],
+    "prefill": [HERE | {"b": 8, "tokens": 64, "cudnn_bf16_us": 9.0, "tflops": 1.0}],
+    "chunked_prefill": [
+        HERE
+        | {"kv_bits": 4, "chunk": 64, "ctx": 128, "cudnn_bf16_us": 9.0, "tflops": 1.0}
+        | {"rel_err": 1e-3}
+    ],
+    "baselines": [{"b": 1, "ctx": 64, **SIZES, "cudnn_bf16_us": None}],
+}
+GONE = object()
+DAMAGES: list[Any] = [
+    *(("rows", name, GONE) for name in ("us", "gbps", "cudnn_bf16_us", "ctx", "heads", "b")),
+    *(("rows", name, "1") for name in ("us", "gbps", "ctx", "rel_err", "cudnn_bf16_us")),
+    *(("rows", "us", value) for value in (0, -1.0, None, float("nan"))),
+    *(("append", "us", GONE), ("prefill", "tflops", "x"), ("chunked_prefill", "chunk", None)),
+    ("baselines", "cudnn_bf16_us", GONE),
+    *((name, None, value) for name in ("append", "prefill") for value in (GONE, None, {})),
+    *(("ceilings", None, value) for value in ({"a": 1.0}, START["ceilings"] | {"int8_tops": "x"})),
+]
+
+
+@pytest.mark.parametrize("part, column, value", DAMAGES)
+def test_a_damaged_report_is_refused(part, column, value, capsys, tmp_path):
+    """And the whole one shown, as what is measured is (`test_rows_and_resumption`)."""
+    assert attention_report.is_attention(SAVED) and attention_report.table(SAVED)
+    made = json.loads(json.dumps(SAVED))
+    place, name = (made, part) if column is None else (made[part][0], column)
+    place[name] = value
+    if value is GONE:
+        del place[name]
+    path = tmp_path / "saved.json"
+    path.write_text(json.dumps(made))
+    assert command.main(["kernels", "--op", "attention", "--no-run", "--save", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "results of" in err and "name another" in err

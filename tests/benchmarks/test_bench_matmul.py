@@ -110,6 +110,9 @@ def test_configs_are_those_of_the_kernels():
     few = matmul._config(row | {"m": 32})
     assert few == matmul._config(row | {"m": 32, "backend": "mosaic_mma"})
     assert few and "row_warps" in few
+    long = matmul._config(row | {"m": 32, "k": 14336})
+    assert long and long == vars(choose_config(32, 4096, 14336, True))
+    assert long["tokens"] == 32 and long["k_blocks"] == 2
 
 
 def test_a_row_of_other_kernels_does_not_outlive_a_failure():
@@ -147,9 +150,32 @@ def test_the_kernels_are_the_contents_of_their_files(tmp_path):
         assert write(other, "d") == found[-1]
     for other in ("paged_attention/f.py", "w4a8_matmul/any_rules.py", "w4a8_matmul/tuning.py"):
         assert write(f"pallas_kernels/{other}", "d") == found[-1]
+    for aside in ("api.py", "reference.py"):
+        assert write(f"pallas_kernels/w4a8_matmul/{aside}", "d") == found[-1]
     (tmp_path / "package" / "pallas_kernels").rename(tmp_path / "kernels")
     (tmp_path / "package" / "pallas_kernels").symlink_to("../kernels")
     assert provenance.kernels("matmul", tmp_path / "package") == found[-1]
+
+
+def test_the_kernels_are_their_code_alone(tmp_path):
+    """No comment, documentation or blank line; every name, number, string and indent."""
+
+    def code(text):
+        path = tmp_path / "a.py"
+        path.write_text(text)
+        return provenance._code(path)
+
+    plain = code("A = 1\ndef f(x):\n    if x:\n        return 's'\n    return 2\n")
+    told = (
+        '"""Of a\nfile."""\n# x\n\nA = 1  # y\n"""An A."""\n\ndef f(x):\n    """F."""\n    if x:\n'
+    )
+    assert code(told + "        return 's'\n    # z\n    return 2\n") == plain
+    for other in (
+        "A = 2\ndef f(x):\n    if x:\n        return 's'\n    return 2\n",
+        "A = 1\ndef f(x):\n    if x:\n        return 't'\n    return 2\n",
+        "A = 1\ndef f(x):\n    if x:\n        return 's'\n        return 2\n",
+    ):
+        assert code(other) != plain
 
 
 def test_a_row_above_the_memory_ceiling_is_rejected():

@@ -43,6 +43,17 @@ def test_climbs_to_the_best_and_measures_nothing_twice():
     assert tune.climb(Config(1, 1), check, measure, rounds=0) == (Config(1, 1), 16.0, 16.0)
 
 
+def test_others_are_tried_first_and_the_best_is_where_the_climb_begins():
+    times = {Config(1, 1): 9.0, Config(1, 5): 8.0, Config(1, 6): 7.0, Config(1, 9): 12.0}
+
+    def measure(configs):
+        return [times.pop(c, None) for c in configs]  # each at most once
+
+    others = [Config(1, 5), Config(1, 9)]
+    found = tune.climb(Config(1, 1), check, measure, 2, others)
+    assert found == (Config(1, 6), 7.0, 9.0)
+
+
 def test_less_than_a_percent_is_no_gain():
     times = {Config(4, 1): 10.0, Config(5, 1): 9.95, Config(8, 1): 9.89}
     best, us, _ = tune.climb(

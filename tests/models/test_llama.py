@@ -223,6 +223,23 @@ def test_all_logits(tiny, random_params):
         assert_close(logits[row, :length], expected[row, :length])
 
 
+def test_narrow_integers_do_not_wrap(tiny, random_params):
+    """Slots of page 2 do not fit 8 bits."""
+    config = tiny()
+    model, params = CausalLM(config), random_params(config)
+    found = []
+    for dtype in (jnp.int32, jnp.int8, jnp.uint8):
+        cache = init_cache(config, num_pages=4, dtype=jnp.float32)
+        arrays = [jnp.array(x, dtype) for x in ([[5, 6]], [[3, 2]], [66], [2])]
+        *arrays, query_lens = arrays
+        cache, logits = prefill(model, params, cache, *arrays, query_lens=query_lens)
+        found.append((np.asarray(cache.pages), np.asarray(logits)))
+    for pages, logits in found[1:]:
+        np.testing.assert_array_equal(pages, found[0][0])
+        np.testing.assert_array_equal(logits, found[0][1])
+    assert np.any(found[0][0][:, 2]) and not np.any(found[0][0][:, 3])
+
+
 def test_dynamic_rope_keeps_one_base(tiny, random_params, plain_decoder):
     """A sequence that grows past max_position_embeddings, with the base of its final length."""
     config = tiny(max_position_embeddings=8, rope=RopeConfig("dynamic", factor=4.0))

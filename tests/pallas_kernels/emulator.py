@@ -5,7 +5,7 @@ for all of them at once; `when` and `loop` say by masks who takes part. Memory i
 operand and output an array of its own, out of whose bounds no active thread may read or write, and
 shared memory one array per block, full of NaN at the start. Copies land as soon as they are asked
 for (`eager`: what is overwritten too early is found) or as late as they may (what is read too early
-is found). Warps of a block move together: races between them are not found.
+is found). Warps of a block move together, so no race between them shows: see meetings.py.
 """
 
 import contextlib
@@ -458,6 +458,9 @@ class Gpu:
             else:
                 self.bulk.append((key, land))
 
+    def finish(self):
+        assert not self.bulk, "a copy that no one waited for"
+
     def wait(self, barrier, parity):
         keys = {(key, int(parity.value[thread])) for thread, key in self._each(barrier)}
         landing = [entry for entry in self.bulk if entry[0] in {key for key, _ in keys}]
@@ -495,5 +498,5 @@ def launch(
                 if hasattr(module, name):
                     patch.setattr(module, name, twin)
         body(*refs, poison, 0, *([shared_bytes] if barriers else []))
-    assert not gpu.bulk, "a copy that no one waited for"
+    gpu.finish()
     return jnp.asarray(poison.view(out.dtype).reshape(out.shape))

@@ -96,7 +96,7 @@ def make_case(rng, context, new, heads, kv_heads, head_dim, bits, dtype="float16
     return Case(q, pages, bits, table, context, new, k, v)
 
 
-def operands_of(case, attends, window):
+def operands_of(case, attends, window, layer=1):
     """What a kernel is given: its problem, and its operands and output as memory."""
     options = {"sm_scale": None, "window": window, "softcap": None}
     cache: Any = case.cache
@@ -108,7 +108,7 @@ def operands_of(case, attends, window):
     arrays = [case.q, lens, case.table, case.pages]
     arrays += [case.new_k, case.new_v] if p.full else []
     arrays[2] = arrays[2] if p.width else np.full((p.rows, 1), -1, np.int32)
-    memories = [lanes.Memory(x) for x in (*arrays, np.array([1], np.int32))]
+    memories = [lanes.Memory(x) for x in (*arrays, np.array([layer], np.int32))]
     return p, memories, lanes.Memory(np.zeros_like(case.q), filled=False)
 
 

@@ -132,6 +132,16 @@ def test_errors():
         append_kv(cache, good, good.astype(jnp.int32), slots, layer=0)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int64"])
+def test_slots_of_any_integer(dtype):
+    """Of pages that have more tokens than the dtype numbers; a slot of int64 does not wrap."""
+    cache, k = KVCache(jnp.zeros((2, 1, 2, 300, 8)), 16, 8), jnp.ones((2, 1, 8))
+    slots = np.array([5, 2**32 + 6 if dtype == "int64" else 100], dtype)
+    written = append_kv(cache, k, k, slots)  # pyright: ignore[reportArgumentType]
+    found = np.argwhere(np.asarray(written.pages)[:, 0, 0, :, 0])
+    assert found.tolist() == ([[0, 5]] if dtype == "int64" else [[0, 5], [0, 100]])
+
+
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_no_tokens_write_nothing(bits):
     shape = (3, 2, 2, 8, 16) if bits == 16 else (3, 2, 8 * kv_bytes_per_token(16, bits) // 4)

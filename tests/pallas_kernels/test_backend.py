@@ -1,7 +1,9 @@
 """Which backend runs: the argument, then the environment, then the first that can."""
 
+import re
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from qserve_jax.pallas_kernels import (
     rope_append_kv,
     w4a8_matmul,
 )
-from qserve_jax.pallas_kernels.backend import ENVIRONMENT_VARIABLE, dispatch
+from qserve_jax.pallas_kernels.backend import ENVIRONMENT_VARIABLE, as_int32, dispatch
 from qserve_jax.quantization.numerics import quantize_activation
 from qserve_jax.quantization.params import quantize_kernel
 from qserve_jax.quantization.qtensor import KVCache
@@ -43,6 +45,10 @@ def test_environment_and_argument(monkeypatch):
 def test_unknown_names(monkeypatch):
     with pytest.raises(ValueError, match="^backend='sm90' is unknown: use auto or one of mosaic"):
         resolve("sm90")
+    nothing: Any
+    for nothing in (0, False, (), ""):
+        with pytest.raises(ValueError, match=f"^backend={re.escape(repr(nothing))} is unknown"):
+            resolve(nothing)
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "sm90")
     with pytest.raises(ValueError, match="^QSERVE_JAX_BACKEND='sm90' is unknown"):
         resolve(None)
@@ -144,6 +150,10 @@ def test_operations_follow_the_choice(op, monkeypatch):
         ),
         ((3, 2, 2, 64, 128), "bfloat16", 16, "hold no 16-bit cache of head_dim 64"),
         ((3, 2, 2, 64, 64), "int32", 16, r"pages int32\[3, 2, 2, 64, 64\] hold no 16-bit cache"),
+        ((3, 2, 2, 64, 64), "float8_e4m3fn", 16, "pages float8_e4m3fn.* hold no 16-bit cache"),
+        ((0, 2, 2, 64, 64), "bfloat16", 16, "hold no 16-bit cache"),
+        ((3, 0, 64 * 72 // 4), "int32", 4, r"pages int32\[3, 0, 1152\] hold no 4-bit cache"),
+        ((3, 2, 0), "int32", 8, r"pages int32\[3, 2, 0\] hold no 8-bit cache"),
     ],
 )
 def test_pages_that_are_none(shape, dtype, bits, message):
@@ -157,3 +167,45 @@ def test_pages_that_are_none(shape, dtype, bits, message):
         append_kv(cache, k, k, none[:, 0])
     with pytest.raises(ValueError, match=message):
         rope_append_kv([k, k, k], k[:, 0, :32], k[:, 0, :32], cache, none[:, 0])
+
+
+@pytest.mark.parametrize(
+    "cache, layer, message",
+    [
+        (KVCache(jnp.zeros((3, 2, 2, 8, 12)), 16, 12), None, "head_dim=12 is none: use a multi"),
+        (KVCache(jnp.zeros((3, 2, 2, 8, 0)), 16, 0), None, "head_dim=0 is none"),
+        (KVCache(jnp.zeros((3, 2, 8 * 24 // 4), jnp.int32), 4.0, 16), None, "bits=4.0 is none"),  # pyright: ignore
+        (KVCache(np.zeros((3, 2, 2, 8, 8)), 16, 8), None, "the cache is a ndarray: make a KVCach"),  # pyright: ignore
+        (None, None, "the cache is a NoneType: make a KVCache"),
+        (
+            KVCache(jnp.zeros((2, 3, 2, 2, 8, 8)), 16, 8),
+            True,
+            r"layer=True is no integer: use 0\.\.1",
+        ),
+    ],
+)
+def test_what_is_no_cache_and_no_layer(cache, layer, message):
+    k, none = jnp.zeros((2, 2, 8)), jnp.zeros((2, 1), jnp.int32)
+    with pytest.raises(ValueError, match=message):
+        paged_attention(k, cache, none, none[:, 0], attends="quantized", layer=layer)
+    with pytest.raises(ValueError, match=message):
+        append_kv(cache, k, k, none[:, 0], layer=layer)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize(
+    "dtype, given, expected",
+    [
+        ("int8", [-1, 127], [-1, 127]),
+        ("uint32", [7, 2**32 - 1], [7, 2**31 - 1]),
+        ("int64", [-(2**40), 7, 2**32 + 5], [-(2**31), 7, 2**31 - 1]),
+        ("uint64", [7, 2**63], [7, 2**31 - 1]),
+    ],
+)
+def test_integers_as_int32(dtype, given, expected, x64):
+    """Of numpy, and traced where JAX has 64 bits; what is out of range stays out of range."""
+    x = np.array(given, dtype)
+    with jax.enable_x64(x64):
+        convert = jax.jit(lambda x: as_int32(x=x)) if x64 else lambda x: as_int32(x=x)
+        (found,) = convert(x)
+    assert found.dtype == jnp.int32 and found.tolist() == expected

@@ -114,7 +114,7 @@ def test_chunks_equal_one_shot(rng):
 
 @pytest.mark.slow
 def test_8192_tokens_change_by_what_the_docs_say(rng):
-    """docs/architecture.md, "What chunks cost"."""
+    """docs/paged_attention.md, "What chunks cost"."""
     prompt = make_prompt(rng, 8192, 4, 1, 128, jnp.float32)
     cases = [(4, "full"), (8, "full"), (16, "full")]
     change = check(rng, prompt, 1024, "reference", 1e-6, cases)

@@ -1,5 +1,12 @@
-"""The decode attention kernels themselves, run by an emulated GPU, against float64."""
+"""The decode attention kernels themselves, run by an emulated GPU, against float64.
 
+What it cannot see is the memory model: that a fence makes reads precede a bulk copy, or an mbarrier
+shows what a copy brought. test_decode_attention.py looks for the fence, test_decode_ring.py runs
+the ring's warps in any order, and on a GPU there are racecheck (scripts/sanitize_kernels.py) and
+test_decode_gpu.py.
+"""
+
+import dataclasses
 import functools
 from typing import Any
 
@@ -20,7 +27,7 @@ from qserve_jax.pallas_kernels.paged_attention import (
 )
 from qserve_jax.pallas_kernels.paged_attention.decode_config import DecodeConfig
 from qserve_jax.runtime import init_cache
-from tests.pallas_kernels import emulator
+from tests.pallas_kernels import emulator, meetings
 from tests.pallas_kernels.attention_cases import make_case, worst_error
 
 LENS = [130, 0, 65, 1, 64, 3, 63, 323]
@@ -145,14 +152,73 @@ def test_a_length_beyond_the_table_and_no_table(emulated, rng):
     assert not np.asarray(emulated(case, "mosaic_sm90", DecodeConfig(3))).any()
 
 
-def test_the_order_of_rows_changes_no_bit(emulated, rng):
+def test_the_order_of_rows_changes_no_bit(emulated, rng, monkeypatch):
+    """Nor does one with rows that are not there, which are clamped: all rows again, so the emulator
+    sees each written, and nothing outside the output."""
+    monkeypatch.setattr(mosaic_decode, "SMS", 0)  # few rows start at once and need no order
     lens = [130, 0, 65, 700]
     case = make_case(rng, lens, h=64)
     out = emulated(case, "mosaic_sm90", DecodeConfig(3))
     order = longest_first(case.arguments["context_lens"])
     assert order.tolist() == [3, 0, 2, 1] and order.dtype == jnp.int32
-    case.arguments["order"] = order
-    np.testing.assert_array_equal(emulated(case, "mosaic_sm90", DecodeConfig(3)), out)
+    for rows in (order, jnp.asarray([2, 2**31 - 1, -(2**31), 1], jnp.int32)):
+        case.arguments["order"] = rows
+        np.testing.assert_array_equal(emulated(case, "mosaic_sm90", DecodeConfig(3)), out)
+
+
+@pytest.mark.parametrize(
+    "layer, is_read", [(-1, 1), (2, 1), (2**31 - 1, 1), (-3, 0), (-(2**31), 0)]
+)
+def test_a_layer_counts_from_the_end_or_is_clamped(emulated, layer, is_read, rng, monkeypatch):
+    """To one of the two; the other is full of NaN."""
+    monkeypatch.setattr(api, "check_cache", lambda *_: None)  # a traced layer it lets pass
+    case = make_case(rng, [130], h=64, attends="quantized")
+    cache, arguments = case.arguments["cache"], case.arguments
+    if is_read == 0:
+        arguments["cache"] = dataclasses.replace(cache, pages=cache.pages[::-1])
+    arguments["layer"] = jnp.int32(layer)
+    assert worst_error(emulated(case, "mosaic_sm90", DecodeConfig(2)), case.expected()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("window, first", [(None, 0), (60, 10), (61, 9), (130, 8)])
+def test_pages_before_the_window_are_not_read(emulated, name, window, first, rng, monkeypatch):
+    """Of 700 tokens, the last page with 60."""
+    case = make_case(rng, [700], h=64, attends="quantized", window=window)
+    cache, table = case.arguments["cache"], np.asarray(case.arguments["block_table"])
+    places: list[int] = []
+
+    def recording(copy):
+        def record(gpu, target, source, *args, **kwargs):
+            places.extend(np.broadcast_to(source.offset, gpu.count)[gpu.active])
+            return copy(gpu, target, source, *args, **kwargs)
+
+        return record
+
+    for copy in ("copy_to_shared", "copy_16_bytes"):
+        monkeypatch.setattr(emulator.Gpu, copy, recording(getattr(emulator.Gpu, copy)))
+    emulated(case, name, DecodeConfig(3, 2 if name == "mosaic_sm90" else 1))
+    of_layer_1 = np.asarray(places) // cache.pages[0, 0].nbytes - cache.num_pages
+    assert set(of_layer_1) == set(table[0, first:11])
+
+
+@pytest.mark.parametrize(
+    "name, bits, config",
+    [
+        ("mosaic_mma", 4, DecodeConfig(3)),
+        ("mosaic_mma", 16, DecodeConfig(2, 2, splits=2)),
+        ("mosaic_sm90", 8, DecodeConfig(2, 2)),
+        ("mosaic_sm90", 4, DecodeConfig(3, 1, cluster=4)),
+    ],
+)
+def test_threads_meet_before_they_read_what_others_write(
+    emulated, name, bits, config, rng, monkeypatch
+):
+    """Also no block ends while others of its cluster read from it."""
+    monkeypatch.setattr(emulator, "Gpu", meetings.Gpu)
+    case = make_case(rng, [400, 65], bits=bits, h=64)
+    out = emulated(case, name, config, eager=False)
+    assert worst_error(out, case.expected()) <= TOLERANCE
 
 
 def test_no_rows(emulated, rng):
@@ -214,6 +280,25 @@ def test_a_model_decodes_with_the_kernel(monkeypatch):
 
 
 # That these tests can fail
+
+
+@pytest.mark.parametrize(
+    "meeting, name, config, says",
+    [
+        ("sync_warp", "mosaic_mma", DecodeConfig(3), "read without meeting the writer"),
+        ("sync_warp", "mosaic_sm90", DecodeConfig(3, 2), "an mbarrier used without meeting"),
+        ("sync_block", "mosaic_mma", DecodeConfig(3), "read without meeting the writer"),
+        ("sync_block", "mosaic_sm90", DecodeConfig(3, 2), "an mbarrier used without meeting"),
+        ("sync_cluster", "mosaic_sm90", DecodeConfig(3, 1, 4), "read without meeting the writer"),
+        ("meet_cluster", "mosaic_sm90", DecodeConfig(3, 1, 4), "a block ends while another reads"),
+    ],
+)
+def test_a_meeting_left_out_is_found(emulated, monkeypatch, meeting, name, config, says, rng):
+    case = make_case(rng, [400], h=64, attends="quantized")
+    monkeypatch.setattr(meetings.Gpu, meeting, lambda *_: None)
+    monkeypatch.setattr(emulator, "Gpu", meetings.Gpu)
+    with pytest.raises(AssertionError, match=says):
+        emulated(case, name, config, eager=False)
 
 
 def test_a_slot_refilled_before_it_is_read_is_found(emulated, monkeypatch, rng):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qserve_jax.pallas_kernels import append_kv, paged_attention, validate_paged_inputs
-from qserve_jax.pallas_kernels.paged_attention import reference
+from qserve_jax.pallas_kernels.paged_attention import longest_first, mosaic_prefill, reference
 from qserve_jax.quantization.numerics import fake_quantize_kv
 from qserve_jax.quantization.qtensor import KVCache, kv_bytes_per_token
 
@@ -139,6 +139,16 @@ def test_decode_form_and_default_query_lens(rng):
     )
     assert single.shape == q[:, 0].shape
     np.testing.assert_array_equal(single, out[:, 0])
+
+
+def test_default_query_lens_of_ragged_prompts(rng):
+    """A row's last T tokens are new, or all that it has."""
+    query_lens = np.minimum(LENS, 12)
+    cache, table, q, new, out = check(rng, 4, "full", 2, 12, query_lens)
+    lens, options = jnp.asarray(LENS, jnp.int32), {"layer": jnp.int32(1)}
+    found = attention(jnp.asarray(q), cache, table, lens, new_k=new[0], new_v=new[1], **options)
+    for row, count in enumerate(query_lens):
+        np.testing.assert_array_equal(found[row, :count], out[row, :count])
 
 
 @pytest.mark.parametrize(
@@ -296,9 +306,9 @@ def call_with(**changes):
         ({"layer": None}, r"cache pages of shape .* do not go with layer=None"),
         ({"layer": 5}, r"layer=5 but the cache pages have layers 0\.\.1: use one"),
         ({"layer": -1}, r"layer=-1 but the cache pages have layers 0\.\.1: use one"),
-        ({"block_table": jnp.zeros((1, 3))}, r"block_table \(1, 3\) and .* with B=2"),
-        ({"context_lens": jnp.ones(3)}, r"context_lens \(3,\) must be .* with B=2"),
-        ({"query_lens": jnp.ones(1)}, r"query_lens \(1,\) must be \[B\] with B=2"),
+        ({"block_table": jnp.zeros((1, 3), int)}, r"block_table \(1, 3\) and .* with B=2"),
+        ({"context_lens": jnp.ones(3, int)}, r"context_lens \(3,\) must be .* with B=2"),
+        ({"query_lens": jnp.ones(1, int)}, r"query_lens \(1,\) must be \[B\] with B=2"),
         ({"new_k": None}, r"needs new_k and new_v \(2, 1, 2, 16\), got \[None, \(2, 1, 2, 16\)\]"),
         ({"new_v": jnp.zeros((2, 2, 2, H))}, r"got \[\(2, 1, 2, 16\), \(2, 2, 2, 16\)\]"),
         ({"order": jnp.zeros(1, jnp.int32)}, r"order \(1,\) must be \[B\] with B=2"),
@@ -311,13 +321,86 @@ def call_with(**changes):
         ({"window": 0}, r"window=0 is no number of positions: use 1\.\.2\*\*31 - 1 or None"),
         ({"window": 2.5}, r"window=2\.5 is no number of positions"),
         ({"window": 2**31}, r"window=2147483648 is no number of positions"),
-        ({"softcap": 0.0}, r"softcap=0\.0 caps nothing: use one above 0, or None"),
+        ({"window": True}, r"window=True is no number of positions"),
+        ({"softcap": 0.0}, r"softcap=0\.0 caps nothing: give a Python float in 1e-18\.\.1e\+18"),
         ({"softcap": float("inf")}, "softcap=inf caps nothing"),
+        ({"softcap": 1e-40}, "softcap=1e-40 caps nothing"),
+        ({"softcap": "5"}, "softcap=5 caps nothing"),
+        ({"sm_scale": float("nan")}, r"sm_scale=nan is no number in -1e\+18\.\.1e\+18: give a Pyt"),
+        ({"sm_scale": 10**60}, "sm_scale=10+ is no number"),
+        ({"sm_scale": 1j}, "sm_scale=1j is no number"),
+        ({"sm_scale": jnp.ones(H)}, "sm_scale=ArrayImpl is no number"),
+        ({"sm_scale": "0.1"}, r"sm_scale=0\.1 is no number"),
+        ({"q": [[1.0]]}, "q is a list: give an array"),
+        ({"block_table": [[0]]}, "block_table is a list: give an array"),
+        ({"context_lens": [1, 1]}, "context_lens is a list: give an array"),
+        ({"q": jnp.zeros((2, 2, 0, H))}, r"q \(2, 2, 0, 16\) does not fit a cache of 2 heads"),
+        (
+            {"attends": "quantized", "new_k": jnp.zeros((2, 9))},
+            r"attends='quantized' needs new_k and new_v \(2, 1, 2, 16\), got \[\(2, 9\)",
+        ),
     ],
 )
 def test_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         call_with(**changes)
+
+
+@pytest.mark.parametrize("option", ["sm_scale", "softcap"])
+def test_options_are_not_traced(option):
+    """The kernels are built with them: what ran here under jit would fail on a GPU."""
+    with pytest.raises(ValueError, match=f"{option}=.*Tracer .* give a Python float"):
+        jax.jit(lambda x: call_with(**{option: x}))(0.5)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_integers_of_any_dtype(dtype, rng):
+    """More pages, and more new tokens, than a byte numbers."""
+    pages, q = rng.standard_normal((300, 1, 2, 4, 8)), rng.standard_normal((1, 256, 1, 8))
+    cache, q = KVCache(jnp.asarray(pages, jnp.float32), 16, 8), jnp.asarray(q, jnp.float32)
+    table, lens = np.array([[100, 7]]), np.array([6])
+    expected = attention(q, cache, table, lens, attends="quantized")
+    out = attention(q, cache, table.astype(dtype), lens.astype(dtype), attends="quantized")
+    np.testing.assert_allclose(out, expected, rtol=0, atol=TOLERANCE)
+    assert out[0, :6].any()
+
+
+@pytest.mark.parametrize("width, query_lens", [(1, [9, -3, 0]), (4, [9, -3, 7])])
+def test_query_lens_out_of_range_are_clamped(width, query_lens, rng):
+    lens = np.array([70, 2, 5])
+    cache, table, raw, _ = make_case(rng, 4, 2, lens)
+    q = rng.standard_normal((3, width, 4, H)).astype(np.float32)
+    new_k, new_v = new_tokens(raw, lens, np.minimum(lens, width), width)
+    new_k, new_v = jnp.nan_to_num(new_k), jnp.nan_to_num(new_v)
+    outs = [
+        attention(q, cache, table, lens, new_k=new_k, new_v=new_v, query_lens=x, layer=1)
+        for x in (np.array(query_lens), np.clip(query_lens, 0, np.minimum(lens, width)))
+    ]
+    np.testing.assert_array_equal(*outs)
+
+
+def test_the_prefill_kernel_is_given_clamped_query_lens(monkeypatch):
+    monkeypatch.setattr(mosaic_prefill, "_launch", lambda p, operands: operands[1])
+    q, new = jnp.zeros((3, 4, 2, 64)), jnp.zeros((3, 4, 2, 64), jnp.bfloat16)
+    lens, query_lens = jnp.array([9, 2, 5]), jnp.array([9, 3, -1])
+    table, cache = jnp.zeros((3, 1), int), KVCache(jnp.zeros((1, 2, 64 * 18), jnp.int32), 4, 64)
+    options = {"query_lens": query_lens, "backend": "mosaic_mma"}
+    found = paged_attention(
+        q.astype(new.dtype), cache, table, lens, new_k=new, new_v=new, **options
+    )
+    assert found.tolist() == [[9, 4], [2, 2], [5, 0]]
+
+
+def test_longest_first():
+    lens = np.array([3, 200, 0, 7])
+    for dtype in ("int32", "uint8"):
+        assert longest_first(jnp.asarray(lens, dtype)).tolist() == [1, 3, 0, 2]
+    for wrong, message in (
+        (jnp.ones(3), "context_lens is float32, which is no integer"),
+        (jnp.ones((2, 2), int), r"context_lens \(2, 2\) must be \[B\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            longest_first(wrong)
 
 
 def test_validate_paged_inputs():
@@ -326,7 +409,7 @@ def test_validate_paged_inputs():
     validate_paged_inputs(cache, table, np.array([128, 0]))
     with pytest.raises(ValueError, match="sequence 1 has length 193 .* holds 3 pages of 64 tokens"):
         validate_paged_inputs(cache, table, np.array([128, 193]))
-    with pytest.raises(ValueError, match="sequence 0 has length -1"):
+    with pytest.raises(ValueError, match="sequence 0 has length -1: use 0 or more"):
         validate_paged_inputs(cache, table, np.array([-1, 0]))
     with pytest.raises(ValueError, match="sequence 0 names page -1 .* 129 tokens .* pages 0..4"):
         validate_paged_inputs(cache, table, np.array([129, 0]))
@@ -338,3 +421,26 @@ def test_validate_paged_inputs():
         validate_paged_inputs(cache, table[0], np.array([1]))
     with pytest.raises(ValueError, match="context_lens is float64, which is no integer"):
         validate_paged_inputs(cache, table, np.array([1.5, 0]))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (([[0, 1], [2]], [1, 1]), "^block_table is ragged or traced: give an array of numbers$"),
+        (([[0], [1]], [8, 7], [8, -1]), r"sequence 1 has query_lens -1 of length 7: use .* 0\.\.7"),
+        (([[0], [1]], [8, 7], [9, 7]), "sequence 0 has query_lens 9 of length 8"),
+        (([[0], [1]], [8, 7], [1.0, 1.0]), "query_lens is float64, which is no integer"),
+        (([[0], [1]], [8, 7], [1]), r"query_lens \(1,\) must be \[B\] with B=2"),
+        (([[0], [1]], [8, 7], None, [0, 0]), "order is no permutation of the 2 rows: use longest"),
+        (([[0], [1]], [8, 7], None, [1, 2]), "order is no permutation of the 2 rows"),
+    ],
+)
+def test_validate_what_goes_with_the_table(arguments, message):
+    cache = poisoned_cache(4, 2, 5)
+    validate_paged_inputs(cache, [[0], [1]], [8, 7], [8, 0], [1, 0])
+    with pytest.raises(ValueError, match=message):
+        validate_paged_inputs(cache, *arguments)
+    with pytest.raises(ValueError, match="block_table is ragged or traced"):
+        jax.jit(lambda table: validate_paged_inputs(cache, table, [8]))(np.array([[1]]))
+    with pytest.raises(ValueError, match="a cache of bits=5 is none"):
+        validate_paged_inputs(KVCache(cache.pages, 5, H), [[1]], [8])

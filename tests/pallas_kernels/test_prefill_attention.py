@@ -27,9 +27,9 @@ HOPPER = "cp.async.bulk|mbarrier|wgmma|cluster|griddepcontrol|setmaxnreg|fence|e
 SHAPES = [(32, 8, 128), (32, 8, 64), (14, 2, 64), (28, 4, 128), (32, 32, 128), (64, 8, 128)]
 
 
-def emulate(case, attends="full", window=None):
+def emulate(case, attends="full", window=None, layer=1):
     """The kernel's code on twins, block by block."""
-    p, memories, out = operands_of(case, attends, window)
+    p, memories, out = operands_of(case, attends, window, layer)
     for block in range(p.blocks):
         machine = lanes.Machine([block], 32 * WARPS, p.shared_bytes)
         with pytest.MonkeyPatch.context() as patch:
@@ -94,6 +94,24 @@ def test_pages_outside_the_cache_are_masked(attends, rng):
     made.table[0, 0], made.table[0, 2] = 10**6, -1
     found, expected = emulate(made, attends), expected_of(made, attends=attends)
     assert worst_error(found, expected, made.query_lens) < 8e-4
+
+
+@pytest.mark.parametrize("attends", ["full", "quantized"])
+def test_a_length_beyond_the_table(attends, rng):
+    """There is nothing where the table ends."""
+    made = make_case(rng, [200], [66], 2, 1, 64, 4, attends=attends)
+    made.table = made.table[:, :1]
+    found, expected = emulate(made, attends), expected_of(made, attends=attends)
+    assert worst_error(found, expected, made.query_lens) < 8e-4
+
+
+def test_a_layer_counts_from_the_end_or_is_clamped(rng):
+    made = make_case(rng, [70], [3], 1, 1, 64, 4)
+    right = [emulate(made, layer=layer) for layer in range(2)]
+    assert worst_error(right[1], expected_of(made), made.query_lens) < 8e-4
+    assert worst_error(right[0], right[1], made.query_lens) > 0.1
+    for layer, is_read in [(-1, 1), (2, 1), (2**31 - 1, 1), (-2, 0), (-3, 0), (-(2**31), 0)]:
+        np.testing.assert_array_equal(emulate(made, layer=layer), right[is_read])
 
 
 def test_the_emulation_notices(rng, monkeypatch):

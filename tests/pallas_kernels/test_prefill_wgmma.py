@@ -29,9 +29,9 @@ SHAPES = [(32, 8, 128), (32, 8, 64), (14, 2, 64), (28, 4, 128), (32, 32, 128), (
 MODULES = (prefill_rows, prefill_tile, sm90_prefill, sm90_prefill_ring)
 
 
-def emulate(case, attends="full", window=None, *, seed=0, blocks=2, late=True):
+def emulate(case, attends="full", window=None, layer=1, *, seed=0, blocks=2, late=True):
     """The kernel's code on twins, on so many blocks."""
-    p, memories, out = operands_of(case, attends, window)
+    p, memories, out = operands_of(case, attends, window, layer)
     shared_bytes = sm90_prefill_ring.shared_bytes(p) + 1024
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sm90_prefill, "SMS", blocks)
@@ -103,6 +103,24 @@ def test_pages_outside_the_cache_are_masked(attends, rng):
     made.table[0, 0], made.table[0, 2] = 10**6, -1
     found, expected = emulate(made, attends), expected_of(made, attends=attends)
     assert worst_error(found, expected, made.query_lens) < 8e-4
+
+
+@pytest.mark.parametrize("attends", ["full", "quantized"])
+def test_a_length_beyond_the_table(attends, rng):
+    """There is nothing where the table ends."""
+    made = make_case(rng, [200], [66], 2, 1, 64, 4, attends=attends)
+    made.table = made.table[:, :1]
+    found, expected = emulate(made, attends), expected_of(made, attends=attends)
+    assert worst_error(found, expected, made.query_lens) < 8e-4
+
+
+def test_a_layer_counts_from_the_end_or_is_clamped(rng):
+    made = make_case(rng, [70], [3], 1, 1, 64, 4)
+    right = [emulate(made, layer=layer) for layer in range(2)]
+    assert worst_error(right[1], expected_of(made), made.query_lens) < 8e-4
+    assert worst_error(right[0], right[1], made.query_lens) > 0.1
+    for layer, is_read in [(-1, 1), (2, 1), (2**31 - 1, 1), (-2, 0), (-3, 0), (-(2**31), 0)]:
+        np.testing.assert_array_equal(emulate(made, layer=layer), right[is_read])
 
 
 def test_any_order_of_warpgroups_gives_the_same_bits(rng):

@@ -229,6 +229,7 @@ def test_has_no_instruction_of_hopper():
 def test_refusals(rng):
     qkv, cos, sin = (jnp.asarray(x) for x in make_inputs(rng, 2, 2, 1, 64, "float32"))
     cache, slots = make_cache(rng, 4, 1, 64, 8), jnp.zeros(2, jnp.int32)
+    cache = KVCache(jnp.asarray(cache.pages), 4, 64)
     call = functools.partial(rope_append_kv, layer=0, backend=KERNEL)
     with pytest.raises(
         ValueError, match=r"q, k and v \[\(2, 4, 64\)\] must .* tokens=3, K=1, H=64"
@@ -240,11 +241,18 @@ def test_refusals(rng):
         call([qkv], cos[:, :16], sin, cache, slots)
     with pytest.raises(ValueError, match=r"center \(64,\) must be \[K, H\] = \(1, 64\)"):
         call([qkv], cos, sin, cache, slots, center=jnp.zeros(64))
+    for dtype in ("bool", "int32", "complex64"):
+        with pytest.raises(ValueError, match=f"cos is {dtype}, which is no float"):
+            call([qkv], cos.astype(dtype), sin, cache, slots)
+    with pytest.raises(ValueError, match="sin is a list: give an array"):
+        call([qkv], cos, [1], cache, slots)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="center is int32, which is no float"):
+        call([qkv], cos, sin, cache, slots, center=jnp.zeros((1, 64), jnp.int32))
     with pytest.raises(ValueError, match="layer=5 but the cache pages have layers"):
         call([qkv], cos, sin, cache, slots, layer=5)
-    with pytest.raises(ValueError, match="qkv is int32, which is no float: cast it to bfloat16"):
+    with pytest.raises(ValueError, match=r"qkv\[0\] is int32, which is no float: cast it to bf"):
         call([qkv.astype(jnp.int32)], cos, sin, cache, slots)
-    with pytest.raises(ValueError, match=r"qkv of shape \(2, 4, 64\) is an array: give \[q, k"):
+    with pytest.raises(ValueError, match=r"qkv is a ArrayImpl: give \[q, k, v\], or \[qkv\]"):
         call(qkv, cos, sin, cache, slots)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"q, k and v \[\(2,\)\] must be"):
         call([cos[:, 0]], cos, sin, cache, slots)

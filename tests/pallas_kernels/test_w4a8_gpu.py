@@ -171,6 +171,13 @@ CASES = [  # m, n, k, config: idle warps, a last block or tile part empty, one t
     ("mosaic_sm90", 300, 3136, 1152, Sm90Config(64, 3, 2, 4, 1)),
     ("mosaic_sm90", 513, 8512, 640, Sm90Config(256, 2, 1, 5, 2, lead=4)),
     ("mosaic_sm90", 200, 320, 640, Sm90Config(256, 2, 1, 5, 1, last=3, lead=3)),
+    ("mosaic_sm90", 250, 4096, 1152, Sm90Config(128, 2, 2, 4, 1, k_blocks=2)),
+    ("mosaic_sm90", 128, 4544, 3584, Sm90Config(128, 2, 2, 4, 1, k_blocks=3)),
+    ("mosaic_sm90", 100, 320, 128, Sm90Config(64, 1, 2, 4, 1, k_blocks=4)),
+    ("mosaic_sm90", 20, 4096, 1408, Sm90Config(32, 1, 2, 8, 1, k_blocks=2)),
+    ("mosaic_sm90", 40, 4096, 1408, Sm90Config(64, 1, 4, 4, 1, k_blocks=2)),
+    ("mosaic_sm90", 120, 3584, 1408, Sm90Config(128, 1, 2, 5, 1, k_blocks=2)),
+    ("mosaic_sm90", 256, 2048, 1664, Sm90Config(256, 2, 1, 5, 1, k_blocks=4)),
 ]
 
 

@@ -16,7 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qserve_jax.pallas_kernels.w4a8_matmul import mosaic_sm90, sm90_thread, sm90_tiles
+from qserve_jax.pallas_kernels.w4a8_matmul import (
+    mosaic_sm90,
+    sm90_exchange,
+    sm90_thread,
+    sm90_tiles,
+)
 from qserve_jax.pallas_kernels.w4a8_matmul.sm90_config import Sm90Config
 from qserve_jax.pallas_kernels.w4a8_matmul.sm90_rules import choose_config
 from tests.pallas_kernels.w4a8_cases import SHAPES
@@ -177,8 +182,11 @@ class Block:
         slots, config = p.config.slots, p.config
         warps = 4 * config.row_warpgroups * config.cluster
         self.barriers = [Barrier(1) for _ in range(slots)] + [Barrier(warps) for _ in range(slots)]
+        self.barriers += [Barrier(1) for _ in range(p.memory.barriers - 2 * slots)]
         self.holds = [{} for _ in range(slots)]
         self.readers = [0] * slots
+        self.running = 4 + config.warpgroups
+        self.sums = {}  # what other blocks have sent: address -> four words
 
 
 @dataclasses.dataclass
@@ -193,19 +201,33 @@ class Product:
     part: Any = dataclasses.field(default=None, compare=False)
 
 
-def emulate(p, seed, monkeypatch, cluster=0):
-    """Runs a cluster -> what was multiplied: (block, row group, k group) -> [Product]."""
+def label(block, row_group, k_group, register):
+    """A sum of a warpgroup's, which shows in the sum over blocks."""
+    return 1000 * (10 * row_group + k_group) + register + 1 << 20 * block
+
+
+def emulate(p, seed, monkeypatch, cluster=0, stored=None):
+    """Runs a cluster -> what was multiplied: (block, row group, k group) -> [Product].
+
+    stored: gets what the epilogue is given, (first token, sums), where there are k_blocks.
+    """
     warps = Warps(seed)
     config, memory = p.config, p.memory
-    blocks = [Block(p) for _ in range(config.cluster)]
+    blocks = [Block(p) for _ in range(config.cluster_blocks)]
     group_bytes = 4 * p.tile_bytes
+    everybody = len(blocks) * (4 + config.warpgroups)
+    arrived = []
+
+    def mine():
+        return blocks[warps.mine.agent.block]
 
     def barrier(address, block=None):
-        return blocks[warps.mine.agent.block if block is None else block].barriers[address // 8]
+        return (mine() if block is None else blocks[block]).barriers[address // 8]
 
     def land(block, slot, key, tag, count, at):
         def copy():
             assert blocks[block].readers[slot] == 0, "a slot is overwritten while it is read"
+            assert not blocks[block].sums, "sums are overwritten"
             blocks[block].holds[slot][key] = tag
             barrier(at, block).complete(count)
 
@@ -227,7 +249,7 @@ def emulate(p, seed, monkeypatch, cluster=0):
         count = config.tokens // config.boxes * 128
         part, rest = divmod(offset, count)
         assert rest == 0 and blocks == config.cluster
-        for block in range(blocks):
+        for block in range(blocks) if blocks > 1 else [warps.mine.agent.block]:
             tag = (int(row), int(column))
             warps.copies.append(land(block, slot, ("x", part), tag, count, at))
         warps.pause()
@@ -284,6 +306,42 @@ def emulate(p, seed, monkeypatch, cluster=0):
         barrier(at).arrive(expected=count)
         warps.pause()
 
+    def arrive_at_cluster():
+        arrived.append(warps.mine.agent)
+        assert arrived.count(warps.mine.agent) == 1
+        warps.pause()
+
+    def wait_for_cluster():
+        warps.pause(lambda: len(arrived) == everybody)
+
+    def meet_cluster():
+        arrive_at_cluster()
+        wait_for_cluster()
+
+    def address_in_block(address, rank):
+        return types.SimpleNamespace(address=address, block=rank)
+
+    def send_words(target, words, at, offset):
+        """Of a warpgroup's first thread; the others' are beside it."""
+        if not all(warps.mine.agent.conditions):
+            return
+        assert target.block == at.block != warps.mine.agent.block
+        there, address = blocks[target.block], target.address + offset
+
+        def send():
+            assert not any(there.readers), "a slot is overwritten while it is read"
+            assert there.running, "sent to a block that has ended"
+            assert memory.incoming <= address - BASE <= memory.columns - 2048
+            assert there.sums.setdefault(address, words) is words, "sent twice to one place"
+            barrier(at.address, target.block).complete(128 * 16)
+
+        warps.copies.append(send)
+        warps.pause()
+
+    def load_shared(address, offset, count):
+        assert count == 4
+        return mine().sums[address + offset]
+
     ptx = types.SimpleNamespace(
         set_max_registers=lambda count, increase: None,
         constant=Word,
@@ -294,40 +352,47 @@ def emulate(p, seed, monkeypatch, cluster=0):
         **{"copy_tile_to_shared": copy_tile_to_shared, "arrive_in_block": arrive_in_block},
         **{"sync_block": sync_block, "arrive_at_block": arrive_at_block},
         **{"wgmma_descriptor": wgmma_descriptor, "wgmma_s8": wgmma_s8},
+        **{"arrive_at_cluster": arrive_at_cluster, "wait_for_cluster": wait_for_cluster},
+        **{"meet_cluster": meet_cluster, "address_in_block": address_in_block},
+        **{"send_words": send_words, "load_shared": load_shared},
+        cluster_rank=lambda: Word(warps.mine.agent.block),
         wgmma_fence=lambda registers: registers,
         wgmma_commit=lambda: warps.pause(),
         wgmma_wait=lambda acc, a: acc,
     )
-    for module in (mosaic_sm90, sm90_thread):
+    for module in (mosaic_sm90, sm90_thread, sm90_exchange):
         monkeypatch.setattr(module, "ptx", ptx)
     seen = {}
 
     def load_weights(p, t, me, slot):
         """What the slot holds is what is multiplied; it must stay so until the release."""
-        blocks[t.rank].readers[slot] += 1
-        holds = blocks[t.rank].holds[slot]
+        assert not mine().sums, "a slot is read that sums have overwritten"
+        mine().readers[slot] += 1
+        holds = mine().holds[slot]
         boxes = {part: tag for (kind, part), tag in holds.items() if kind == "x"}
         warps.mine.product = Product(boxes, holds["w", me.row_group], part=warps.mine.part)
-        place = int(t.rank), int(me.row_group), int(me.k_group)
-        seen.setdefault(place, []).append(warps.mine.product)
+        seen.setdefault(place_of(me), []).append(warps.mine.product)
         warps.pause()
         return [Word(0)] * 8, None
 
     release = mosaic_sm90._release
 
     def release_slot(p, t, slot):
-        blocks[t.rank].readers[slot] -= 1
+        mine().readers[slot] -= 1
         release(p, t, slot)
 
     monkeypatch.setattr(mosaic_sm90, "_load_weights", load_weights)
     monkeypatch.setattr(mosaic_sm90, "_release", release_slot)
+
+    def place_of(me):
+        return warps.mine.agent.block, int(me.row_group), int(me.k_group)
 
     def thread(rank, warp):
         t = object.__new__(sm90_thread.Block)
         t.__dict__.update(
             warp=Word(warp),
             lane=Word(0),
-            rank=Word(rank),
+            rank=Word(rank if config.cluster > 1 else 0),
             first_tile=Word(cluster),
             gmem={"w": Address()},
             x_map=None,
@@ -339,23 +404,40 @@ def emulate(p, seed, monkeypatch, cluster=0):
         return t
 
     def consumer(p, t):
-        """A thread of Python stands for a warpgroup: t.warp is its index."""
-        k_group, row_group = divmod(int(t.warp), config.row_warpgroups)
-        return types.SimpleNamespace(row_group=Word(row_group), k_group=Word(k_group))
+        """A thread of Python stands for a warpgroup, and is its first one."""
+        k_group, row_group = divmod(int(t.warp) // 4 - 1, config.row_warpgroups)
+        groups = {"row_group": Word(row_group), "k_group": Word(k_group)}
+        return types.SimpleNamespace(**groups, thread=Word(0))
 
     monkeypatch.setattr(mosaic_sm90, "Consumer", consumer)
 
     def epilogue(p, t, me, i, part):
         warps.mine.part = part
-        return types.SimpleNamespace(store=lambda *_: warps.pause())
+        return types.SimpleNamespace(store=store)
+
+    def store(p, t, me, first, acc):
+        if stored is not None:
+            stored[place_of(me)] = int(first), [int(word) for word in acc]
+        warps.pause()
+
+    def exchange(p, t, me, acc):
+        """Each of k_warpgroups has added up a share of the tokens."""
+        size = config.tokens // config.k_warpgroups
+        sums = [Word(label(*place_of(me), register)) for register in range(size // 2)]
+        return me.k_group * size, sums
 
     monkeypatch.setattr(mosaic_sm90, "Epilogue", epilogue)
-    monkeypatch.setattr(mosaic_sm90, "exchange", lambda p, t, me, acc: (0, acc))
-    for rank in range(config.cluster):
-        for role, count in (("_produce", 4), ("_consume", config.warpgroups)):
-            for warp in range(count):
-                run = functools.partial(getattr(mosaic_sm90, role), p, thread(rank, warp))
-                warps.start(rank, run)
+    monkeypatch.setattr(mosaic_sm90, "exchange", exchange)
+
+    def run(role, p, t):
+        getattr(mosaic_sm90, role)(p, t)
+        mine().running -= 1
+
+    for rank in range(config.cluster_blocks):
+        starts = [("_produce", warp) for warp in range(4)]
+        starts += [("_consume", 4 + 4 * group) for group in range(config.warpgroups)]
+        for role, warp in starts:
+            warps.start(rank, functools.partial(run, role, p, thread(rank, warp)))
     warps.run()
     return seen
 
@@ -363,13 +445,14 @@ def emulate(p, seed, monkeypatch, cluster=0):
 def expected(p, rank, row, k_group):
     """Every chunk of every whole tile of cluster 0, once: of these channels and tokens."""
     config, cut = p.config, p.cut
+    k_rank, rank = (0, rank) if config.k_blocks == 1 else (rank, 0)
     group_bytes = 4 * p.tile_bytes
     for tile in range(0, cut.whole, cut.clusters):
         first = tile % cut.token_tiles * config.tokens
         block = tile // cut.token_tiles * config.cluster + rank
         group = min(block * config.row_warpgroups + row, p.n // 64 - 1)
         for step in range(p.steps):
-            chunk = step * config.k_warpgroups + k_group
+            chunk = (k_rank * p.steps + step) * config.k_warpgroups + k_group
             part = config.tokens // config.cluster
             x = {i: (first + i * part, chunk * 128) for i in range(config.cluster)}
             weights = (group * p.chunks + min(chunk, p.chunks - 1)) * group_bytes
@@ -399,6 +482,19 @@ CASES = [  # m, n, k, config: K/128 odd, even, less than k_warpgroups; a last ti
     (64, 16896, 256, Sm90Config(64, 2, 1, 5, 1, lead=3)),  # fewer chunks than the lead
 ]
 
+TOGETHER = [  # the same with k_blocks: chunks that they divide, or not, or fewer than blocks
+    (256, 256, 1024, Sm90Config(128, 2, 2, 3, 1, k_blocks=2)),
+    (100, 192, 1152, Sm90Config(128, 2, 2, 4, 1, k_blocks=2)),
+    (64, 192, 1152, Sm90Config(64, 2, 1, 5, 1, k_blocks=3)),  # parts of 24 tokens, which overlap
+    (128, 64, 3712, Sm90Config(128, 2, 2, 2, 1, k_blocks=3)),
+    (40, 64, 3840, Sm90Config(64, 1, 4, 2, 1, k_blocks=2)),
+    (100, 64, 128, Sm90Config(64, 1, 2, 4, 1, k_blocks=4)),
+    (20, 128, 1152, Sm90Config(32, 1, 2, 8, 1, k_blocks=2)),  # those of the rules
+    (33, 128, 1152, Sm90Config(64, 1, 4, 4, 1, k_blocks=2)),
+    (120, 64, 896, Sm90Config(128, 1, 2, 5, 1, k_blocks=2)),
+    (256, 64, 896, Sm90Config(256, 2, 1, 5, 1, k_blocks=4)),
+]
+
 FINE = [  # m, n, k, blocks there are, config: the last round cut finer
     *[(m, 832, 640, 5, Sm90Config(64, 2, 1, 4, 1, 3)) for m in (64, 40)],  # 7 tiles: 5 and 2
     (64, 896, 256, 5, Sm90Config(64, 2, 1, 4, 1, 3)),  # the same, the 7th whole
@@ -426,6 +522,33 @@ def test_each_chunk_is_multiplied_once_whatever_the_order(m, n, k, config, monke
         assert len(seen) == config.cluster * config.warpgroups
         for (rank, row, k_group), found in seen.items():
             assert found == list(expected(p, rank, row, k_group))
+
+
+@pytest.mark.parametrize("m, n, k, config", TOGETHER)
+def test_blocks_add_their_sums_whatever_the_order(m, n, k, config, monkeypatch):
+    """Each chunk once by one of them, and each sum of all of them in at least one epilogue."""
+    p = problem(config, m, n, k)
+    mosaic_sm90.check_config(config, m, n, False)
+    share = config.tokens // config.k_warpgroups
+    for seed in range(10):
+        stored = {}
+        with monkeypatch.context() as patch:
+            seen = emulate(p, seed, patch, stored=stored)
+        assert len(seen) == len(stored) == config.k_blocks * config.warpgroups
+        products = [product for found in seen.values() for product in found]
+        chunks = [product.boxes[0][1] // 128 for product in products]
+        assert len(chunks) == config.row_warpgroups * len({*chunks}) and max(chunks) >= p.chunks - 1
+        for (rank, row, k_group), found in seen.items():
+            assert found == list(expected(p, rank, row, k_group))
+        summed = {}
+        for (_, row, k_group), (first, sums) in stored.items():
+            at = summed.setdefault((row, k_group), set())
+            for i, total in enumerate(sums):
+                register = (first - k_group * share) // 2 + i
+                blocks = range(config.k_blocks)
+                assert total == sum(label(rank, row, k_group, register) for rank in blocks)
+                at.add(register)
+        assert all(at == {*range(share // 2)} for at in summed.values())
 
 
 def count_products(p, monkeypatch, seed):

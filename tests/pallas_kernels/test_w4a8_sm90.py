@@ -23,6 +23,7 @@ from qserve_jax.pallas_kernels.w4a8_matmul import (
     sm90_rules,
     sm90_tiles,
     to_kernel_layout,
+    tuning,
 )
 from qserve_jax.pallas_kernels.w4a8_matmul.problem import INT32_SUMS
 from qserve_jax.pallas_kernels.w4a8_matmul.sm90_config import Sm90Config
@@ -43,7 +44,7 @@ from tests.pallas_kernels.w4a8_cases import (
 
 FAMILIES = [  # a matrix of each model, with an M: 64-token tiles, whole and odd, up to clusters
     *[(64, 28672, 4096, "bfloat16"), (128, 4096, 4096, "float16"), (257, 4096, 14336, "float32")],
-    *[(33, 3584, 18944, "bfloat16"), (129, 4096, 11008, "float16")],
+    *[(33, 3584, 18944, "bfloat16"), (129, 4096, 11008, "float16"), (17, 3584, 18944, "float32")],
     *[(4096, 57344, 8192, "bfloat16"), (1000, 8192, 29568, "bfloat16"), (65, 64, 128, "float16")],
 ]
 
@@ -58,9 +59,10 @@ def check_lowered(per_group: bool, m: int, n: int, k: int, dtype: str) -> None:
     convert: of the bias to float32. Of float32 residuals XLA does the addition.
     """
     text = lower_matmul("mosaic_sm90", per_group, m, n, k, dtype)
-    assert name_of(per_group, "wgmma" if m > 32 else "mma") in text
+    design = tuning.chosen_design(m, n, k, per_group)
+    assert name_of(per_group, design) in text
     assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
-    added = {"add"} if dtype == "float32" and m > 32 else set()
+    added = {"add"} if dtype == "float32" and design == "wgmma" else set()
     assert operations(text) <= {"custom_call", "reshape", "convert"} | added
 
 
@@ -93,6 +95,33 @@ def test_few_tokens_go_to_mma_sync(m):
     assert arch == (8, 0) and name_of(True, "mma") in text and "wgmma" not in text
 
 
+LONG = [(4096, 14336), (3584, 18944), (4096, 11008), (8192, 28672), (8192, 29568)]
+"""Where K is long. The first three have few enough tiles of 64 channels for pairs of blocks."""
+
+
+@every_kind
+@pytest.mark.parametrize("n, k", [*SHAPES, (4096, 9984), (4096, 10112)])
+def test_from_17_tokens_on_long_k_goes_to_wgmma(per_group, n, k):
+    found = [tuning.chosen_design(m, n, k, per_group) for m in (1, 16, 17, 32, 33)]
+    few = "wgmma" if (n, k) in [*LONG, (4096, 10112)] else "mma"
+    assert found == ["mma"] * 2 + [few] * 2 + ["wgmma"]
+
+
+@every_kind
+@pytest.mark.parametrize("n, k", LONG)
+def test_pairs_of_blocks_have_the_smallest_tile_that_takes_all_tokens(per_group, n, k):
+    """Per channel only at the longest K that has pairs, where they gain enough by the estimate."""
+    pairs = (n, k) in (LONG[:3] if per_group else LONG[1:2])
+    few, more = Sm90Config(32, 1, 4, 4, 1), None
+    if pairs:
+        few, more = Sm90Config(32, 1, 2, 8, 1, k_blocks=2), Sm90Config(64, 1, 4, 4, 1, k_blocks=2)
+    most = Sm90Config(128, 1, 2, 5, 1, k_blocks=2) if pairs and per_group else None
+    for least, tokens, expected in ((17, 32, few), (33, 64, more), (65, 128, most)):
+        for m in (least, tokens):
+            chosen = sm90_rules.choose_config(m, n, k, per_group)
+            assert chosen == expected if expected else chosen.k_blocks == 1
+
+
 @pytest.mark.parametrize("n, k", [*SHAPES, *SMALL_SHAPES])
 def test_the_heuristic_fits_every_shape_and_keeps_the_sms_busy(n, k):
     sizes = {1, 3, 8, 8192, 8191, *TOKENS, *(m + 1 for m in TOKENS), *(2**i - 1 for i in range(13))}
@@ -101,10 +130,10 @@ def test_the_heuristic_fits_every_shape_and_keeps_the_sms_busy(n, k):
         sm90_config.check_config(chosen, m, n, per_group)
         assert chosen.tokens < max(2 * m, 33)  # no tile is mostly beyond the tokens
         clusters, tiles = sm90_rules.grid(chosen, m, n)
-        assert clusters * chosen.cluster <= sm90_rules.SMS
+        assert clusters * chosen.cluster_blocks <= sm90_rules.SMS
         if n * m >= 2**19:
             rounds = sm90_tiles.cut(chosen, m, n).quarters / 4
-            assert tiles * chosen.cluster >= 0.5 * rounds * sm90_rules.SMS
+            assert tiles * chosen.cluster_blocks >= 0.5 * rounds * sm90_rules.SMS
 
 
 @pytest.mark.parametrize("per_group", [True, False])
@@ -149,12 +178,21 @@ GOOD = Sm90Config(tokens=64, row_warpgroups=2, k_warpgroups=2, stages=2, cluster
             {"tokens": 24, "k_warpgroups": 1, "stages": 4, "cluster": 2},
             "tokens must be a multiple of 8 cluster",
         ),
+        ({"k_blocks": 0}, "all fields but lead must be at least 1"),
+        ({"k_blocks": 200}, "k_blocks must be at most 4"),
+        ({"k_blocks": 2, "cluster": 2}, "k_blocks needs whole tiles, and neither a cluster"),
+        ({"k_blocks": 2, "last": 2}, "k_blocks needs whole tiles"),
+        ({"k_blocks": 4, "tokens": 48}, "tokens must be 8 k_warpgroups k_blocks or more"),
         ({"cluster": 4}, "cluster must be 1 or 2"),
         ({"cluster": 200}, "cluster must be 1 or 2"),  # more blocks than SMs
         ({"stages": 1}, "stages must be at least 2"),
         ({"row_warpgroups": 1, "k_warpgroups": 3, "tokens": 48}, "k_warpgroups must be 1, 2 or 4"),
         ({"k_warpgroups": 1, "stages": 3}, "k_warpgroups .* stages must be at least 4"),
         ({"tokens": 256}, r"needs 172 registers of \d+"),
+        (
+            {"tokens": 224, "row_warpgroups": 3, "k_warpgroups": 1, "stages": 4},
+            "needs 142 registers of 128",
+        ),
         ({"stages": 12}, r"takes \d+ bytes of shared memory"),
     ],
 )
@@ -162,6 +200,27 @@ def test_config_errors(change, message):
     sm90_config.check_config(GOOD, 64, 1024, True)
     with pytest.raises(ValueError, match=message):
         sm90_config.check_config(dataclasses.replace(GOOD, **change), 64, 1024, True)
+
+
+@pytest.mark.parametrize("k_blocks, clusters", [(2, 66), (3, 44), (4, 33)])
+def test_k_blocks_have_one_round(k_blocks, clusters):
+    config = dataclasses.replace(GOOD, k_blocks=k_blocks)
+    sm90_config.check_config(config, 64, 128 * clusters, True)
+    assert sm90_rules.grid(config, 64, 128 * clusters) == (clusters, clusters)
+    with pytest.raises(ValueError, match=f"tiles for one round of {clusters} clusters at most"):
+        sm90_config.check_config(config, 64, 128 * clusters + 64, True)
+
+
+@pytest.mark.parametrize("k_blocks, part", [(2, 16), (3, 16), (4, 8)])
+def test_what_blocks_send_lies_behind_what_warpgroups_send(k_blocks, part):
+    """part: tokens of the 32 that a warpgroup has added up; four of them, 64 channels each."""
+    config = dataclasses.replace(GOOD, stages=2, k_blocks=k_blocks)
+    memory = sm90_config.shared_memory(config, 64, 1024, False)
+    assert (memory.partials, memory.incoming) == (0, 128 * 64 * 4)
+    slots_end = 4 * (64 * 128 + 128 * 64)
+    sent = 4 * (k_blocks - 1) * 64 * part * 4
+    assert memory.columns == max(slots_end, memory.incoming + sent)
+    assert memory.barriers == 8 + 4
 
 
 def test_shared_memory_is_counted_as_mosaic_counts_it(monkeypatch):
@@ -180,7 +239,7 @@ def test_shared_memory_is_counted_as_mosaic_counts_it(monkeypatch):
         lower(functools.partial(run, config=over), x, w)
 
 
-# Finer last rounds, leads
+# Finer last rounds, leads, blocks along K
 
 FINER = [  # m, n, k, config
     (256, 28672, 4096, Sm90Config(256, 2, 1, 5, 1, last=3, lead=3)),
@@ -188,12 +247,15 @@ FINER = [  # m, n, k, config
     (4096, 28672, 4096, Sm90Config(256, 2, 1, 5, 2, last=1, lead=2)),
     (256, 6144, 4096, Sm90Config(64, 3, 2, 4, 1)),
     (200, 6144, 4096, Sm90Config(128, 2, 2, 4, 1, last=3)),
+    (256, 4096, 4096, Sm90Config(128, 2, 2, 4, 1, k_blocks=2)),
+    (100, 4608, 3584, Sm90Config(128, 2, 2, 3, 1, k_blocks=3)),
+    (256, 2048, 4096, Sm90Config(256, 2, 1, 5, 1, k_blocks=4)),
 ]
 
 
 @every_kind
 @pytest.mark.parametrize("m, n, k, config", FINER)
-def test_finer_last_rounds_and_leads_lower(per_group, m, n, k, config):
+def test_finer_last_rounds_leads_and_k_blocks_lower(per_group, m, n, k, config):
     def run(x, w):
         return mosaic_sm90.matmul(x, w, layer=0, config=config)
 
@@ -215,7 +277,50 @@ def test_a_finer_last_round_saves_time(n, k):
                 times[last] = sm90_rules.estimate(config, m, n, k, per_group)
         assert times[chosen.last] <= min(times.values()) + 0.1  # microseconds
         assert chosen.last == 4 or times[chosen.last] < times[4]
-        assert chosen.lead == 0 and chosen.warpgroups <= 4
+        assert chosen.lead == 0 and chosen.k_blocks <= 2 and chosen.warpgroups <= 4
+
+
+@every_kind
+@pytest.mark.parametrize(
+    "m, n, k, wanted",
+    [
+        (256, 4096, 4096, (128, 2, 2, 2)),
+        (128, 4608, 3584, (128, 2, 2, 3)),
+        (128, 3584, 18944, (128, 2, 2, 4)),
+    ],
+)
+def test_other_configs_share_k_and_fill_the_sms(per_group, m, n, k, wanted):
+    whole, *found = sm90_rules.other_configs(m, n, k, per_group)
+    assert whole.k_blocks == 1
+    assert len(found) == len(set(found)) < 40
+    for config in found:
+        sm90_config.check_config(config, m, n, per_group)
+        clusters, tiles = sm90_rules.grid(config, m, n)
+        assert clusters == tiles <= {2: 66, 3: 38, 4: 28}[config.k_blocks]
+        assert 86 <= clusters * config.k_blocks <= sm90_rules.SMS
+    fields = ("tokens", "row_warpgroups", "k_warpgroups", "k_blocks")
+    assert wanted in [tuple(getattr(config, name) for name in fields) for config in found]
+
+
+@pytest.mark.parametrize(
+    "m, n, k, pairs",  # microseconds on an H200 with and without k_blocks, groups of 128
+    [
+        (64, 4096, 14336, (64, 4)),  # 11.5, 14.3
+        (128, 4096, 14336, (128, 2)),  # 15.8, 16.9
+        (128, 3584, 18944, (128, 2)),  # 19.2, 21.0
+        (64, 4096, 4096, (64, 4)),  # 6.0, 6.3
+        (64, 3584, 3584, None),  # 5.8, 5.7
+        (128, 4096, 4096, None),  # 7.4, 7.4
+        (256, 4096, 4096, None),  # 10.4, 9.7
+        (128, 6144, 4096, None),  # 10.5, 9.9
+        (256, 6144, 4096, None),  # 14.5, 13.5
+    ],
+)
+def test_pairs_of_blocks_where_they_were_faster(m, n, k, pairs):
+    chosen = sm90_rules.choose_config(m, n, k, True)
+    found = (chosen.tokens, chosen.k_warpgroups) if chosen.k_blocks == 2 else None
+    assert found == pairs
+    assert found is None or chosen.row_warpgroups == 1
 
 
 MEASURED = [  # microseconds on an H200, of those that the rules were fitted to
@@ -228,11 +333,27 @@ MEASURED = [  # microseconds on an H200, of those that the rules were fitted to
     (256, 4096, 14336, True, Sm90Config(128, 1, 4, 2, 1), 24.2),
     (1024, 12288, 4096, True, Sm90Config(256, 2, 1, 5, 1), 68.0),
 ]
+PAIRED = [  # the same with two blocks along K; those of 32 tokens were measured afterwards
+    (32, 4096, 14336, True, Sm90Config(32, 1, 2, 8, 1, k_blocks=2), 11.33),
+    (32, 4096, 11008, True, Sm90Config(32, 1, 2, 8, 1, k_blocks=2), 9.63),
+    (64, 4096, 14336, True, Sm90Config(64, 1, 4, 4, 1, k_blocks=2), 11.5),
+    (64, 4096, 4096, True, Sm90Config(64, 1, 4, 4, 1, k_blocks=2), 6.0),
+    (128, 4096, 14336, True, Sm90Config(128, 1, 4, 2, 1, k_blocks=2), 16.4),
+    (128, 4096, 14336, True, Sm90Config(128, 1, 2, 5, 1, k_blocks=2), 15.8),
+    (128, 3584, 3584, False, Sm90Config(128, 1, 2, 5, 1, k_blocks=2), 6.6),
+    (256, 3584, 18944, True, Sm90Config(256, 1, 2, 3, 1, k_blocks=2), 29.1),
+    (256, 4096, 14336, False, Sm90Config(256, 1, 2, 3, 1, k_blocks=2), 23.5),
+]
 
 
 @pytest.mark.parametrize("m, n, k, per_group, config, us", MEASURED)
 def test_estimates(m, n, k, per_group, config, us):
     assert sm90_rules.estimate(config, m, n, k, per_group) == pytest.approx(us, rel=0.12)
+
+
+@pytest.mark.parametrize("m, n, k, per_group, config, us", PAIRED)
+def test_estimates_of_pairs(m, n, k, per_group, config, us):
+    assert sm90_rules.estimate(config, m, n, k, per_group) == pytest.approx(us, rel=0.05)
 
 
 def test_every_kind_of_cut_runs_on_a_gpu():
@@ -243,8 +364,8 @@ def test_every_kind_of_cut_runs_on_a_gpu():
         found = sm90_tiles.cut(chosen, m, n)
         return dataclasses.replace(chosen, stages=0), per_group, found.rounds > 0
 
-    sizes = itertools.product(SHAPES, (m for m in TOKENS if m > 32), (True, False))
-    chosen = {kind(m, *shape, per_group) for shape, m, per_group in sizes}
+    sizes = [(m, *shape, kinds) for shape in SHAPES for m in TOKENS for kinds in (True, False)]
+    chosen = {kind(*size) for size in sizes if tuning.chosen_design(*size) == "wgmma"}
     assert chosen == {kind(*size, per_group) for size in CUT for per_group in (True, False)}
 
 

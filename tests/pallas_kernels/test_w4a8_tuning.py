@@ -12,6 +12,7 @@ from qserve_jax.benchmarks.operands import make_activation, make_weight
 from qserve_jax.pallas_kernels import w4a8_matmul
 from qserve_jax.pallas_kernels.w4a8_matmul import tuning
 from qserve_jax.pallas_kernels.w4a8_matmul.mma_config import MmaConfig
+from qserve_jax.pallas_kernels.w4a8_matmul.sm90_config import Sm90Config
 
 CHOSEN = MmaConfig(row_warps=1, row_tiles=2, k_warps=4, tokens=16, stages=3)
 ENTRY = {
@@ -126,7 +127,8 @@ def test_the_files_here_hold_good_entries(path):
         assert entry["us"] < entry["heuristic_us"]
         m, n, k, per_group = (entry[name] for name in ("m", "n", "k", "per_group"))
         chosen = tuning.DESIGNS[entry["design"]].choose(m, n, k, per_group)
-        assert entry["config"] != dataclasses.asdict(chosen)
+        kind = tuning.DESIGNS[entry["design"]].config
+        assert tuning.config_from_dict(kind, entry["config"]) != chosen
     tuning.load_tuned.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -141,6 +143,16 @@ def test_every_design_is_generic(write):
         design.check(chosen, 64, 4096, 4096, True)
         fields = json.loads(json.dumps(dataclasses.asdict(chosen)))
         assert tuning.config_from_dict(design.config, fields) == chosen
+
+
+def test_a_field_newer_than_the_entry_has_its_default():
+    config = Sm90Config(64, 2, 2, 3, 1)
+    fields = dataclasses.asdict(config)
+    del fields["k_blocks"]
+    assert tuning.config_from_dict(Sm90Config, fields) == config
+    for bad in (fields | {"new": 1}, {k: v for k, v in fields.items() if k != "stages"}):
+        with pytest.raises(ValueError, match="must have the fields tokens, .*, lead, k_blocks"):
+            tuning.config_from_dict(Sm90Config, bad)
 
 
 @pytest.mark.parametrize("design, m", [("mma", 16), ("wgmma", 64)])

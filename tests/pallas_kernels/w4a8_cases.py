@@ -34,6 +34,7 @@ CUT = [  # m, n, k: every kind of cut that the wgmma rules choose at SHAPES and 
     *[(m, 4608, 3584) for m in (256, 512, 1024, 4096)],
     *[(m, 37888, 3584) for m in (64, 128, 256)],
     *[(256, 6144, 4096), (512, 6144, 4096), (64, 12288, 4096), (64, 10240, 8192)],
+    *[(64, 3584, 3584), (32, 3584, 18944), (64, 3584, 18944), (128, 3584, 18944)],
 ]
 every_kind = pytest.mark.parametrize("per_group", [True, False], ids=["per-group", "per-channel"])
 

@@ -385,6 +385,10 @@ def test_bad_requests_are_refused_in_one_line(llm, prompts, params, message):
         ({"num_pages": 0}, "num_pages=0 must be an integer of at least 1"),
         ({"page_size": 2.5}, "page_size=2.5 must be an integer in 1..4096"),
         ({"max_num_seqs": "4"}, "max_num_seqs='4' must be an integer of at least 1"),
+        (
+            {"enable_prefix_caching": "no"},
+            "enable_prefix_caching='no' must be True or False: use None to share where",
+        ),
         ({"seed": "x"}, "seed='x' must be an integer in 0..18446744073709551615"),
         ({"attends": "half"}, "attends='half' is unknown: use one of ('full', 'quantized')"),
     ],

@@ -2,6 +2,7 @@
 hash of what a row's pages hold: who reads or writes another's page gets other tokens."""
 
 import random
+import sys
 from collections import deque
 from typing import Any
 
@@ -25,7 +26,8 @@ def next_token(tokens) -> int:
 
 def expected(prompt: list[int], params: SamplingParams) -> list[int]:
     tokens: list[int] = []
-    while len(tokens) < params.max_tokens and not set(tokens[-1:]) & set(params.stop_token_ids):
+    limit, stops = params.max_tokens or 0, set(params.stop_token_ids or ())
+    while len(tokens) < limit and not set(tokens[-1:]) & stops:
         tokens.append(next_token(prompt + tokens))
     return tokens
 
@@ -53,12 +55,16 @@ class Paper:
 
     def answer(self, cache, live, tokens):
         if self.fails():
+            self.cells[:] = -1  # the call took the cache with it
             raise KeyboardInterrupt
         return cache, live, SampleOutput(tokens, np.ones_like(tokens, bool))  # pyright: ignore
 
     def prefill(self, model, params, cache, live, slots, tokens, state, query_lens, samples, **_):
         table, ends = np.asarray(state.block_table), np.asarray(state.context_lens)
         counts = ends if query_lens is None else query_lens
+        slots = np.asarray(slots)
+        owned = slots[slots < self.engine.max_num_seqs]
+        assert len(set(owned)) == len(owned), "rows of a call write to one slot, in whatever order"
         for row, count in enumerate(counts):  # all rows append before any reads
             for i in range(count):
                 self.cells[self.place(table[row], ends[row] - count + i)] = tokens[row, i]
@@ -94,7 +100,10 @@ def loaded():
 
 def some_llm(loaded, rng: random.Random) -> LLM:
     """Of small sizes, often with no more pages than one request may need."""
-    page_size, attends = rng.choice([1, 4, 16]), rng.choice(["full", "quantized", "quantized"])
+    page_size, attends = (
+        rng.choice([1, 4, 16, 24, 64]),
+        rng.choice(["full", "quantized", "quantized"]),
+    )
     needed = -(-160 // page_size)
     settings: dict[str, Any] = {
         "page_size": page_size,
@@ -112,7 +121,7 @@ def some_requests(rng: random.Random, page_size: int):
     prompts, params = [], []
     for _ in range(rng.choice([1, 5, 20])):
         edges = [1, page_size, page_size + 1, 2 * page_size, rng.randrange(1, 81)]
-        length = rng.choice(edges)
+        length = min(rng.choice(edges), 80)
         cut = rng.choice([0, length, rng.randrange(length + 1)])
         prompts.append(base[:cut] + [rng.randrange(256) for _ in range(length - cut)])
         stops = [rng.randrange(256) for _ in range(rng.choice([0, 0, 3, 40]))]
@@ -162,6 +171,14 @@ def test_whatever_comes_and_goes(loaded, small_pieces, watched_is_checked, seed)
             assert tokens == all_of_them[: len(tokens)]
         assert llm.engine.idle and llm.pool.free_pages == llm.pool.num_pages
     assert sorted(llm.engine.scheduler._slots) == list(range(llm.engine.max_num_seqs))
+
+
+def test_max_tokens_none_goes_on_to_the_limit_of_the_model(loaded):
+    llm = LLM(loaded, num_pages=16, max_model_len=50)
+    Paper(llm)
+    (output,) = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=None))
+    assert output.token_ids == expected([1, 2, 3], SamplingParams(max_tokens=47))
+    assert output.finish_reason == "length"
 
 
 @pytest.mark.parametrize("leaves", [False, True])
@@ -228,3 +245,157 @@ def test_interruptions_at_any_call(loaded, small_pieces, watched_is_checked, see
         heard[piece.index] += piece.token_ids
     assert [s.tokens for s in sequences] == heard == wanted
     assert llm.pool.free_pages == llm.pool.num_pages
+
+
+class Interrupts:
+    """Raises KeyboardInterrupt when a line of the engine's host code is run for the first time, and
+    again some lines later. Keeps the lines it has seen."""
+
+    FILES = ("engine.py", "scheduler.py", "page_table.py")
+
+    def __init__(self, line: tuple[str, int] | None, again: int):
+        self.line, self.again, self.left, self.seen = line, again, 0, {}
+
+    def __call__(self, frame, event, _):
+        path, name = frame.f_code.co_filename, frame.f_code.co_name
+        if "qserve_jax/runtime/" not in path or not path.endswith(self.FILES):
+            return None
+        if event != "line" or name == "run_until":  # for that see test_turns.py
+            return self
+        here = path, frame.f_lineno
+        if self.left > 0:
+            self.left -= 1
+        first = here == self.line and here not in self.seen
+        self.seen[here] = True
+        if first or self.left == 1:
+            self.left = self.again if first else 0
+            raise KeyboardInterrupt
+        return self
+
+
+def interrupted(llm: LLM, prompts, params, line=None, again=0) -> list[tuple[str, int]]:
+    """Lines run until then, or to the end."""
+    before, interrupts = sys.gettrace(), Interrupts(line, again)
+    sys.settrace(interrupts)
+    try:
+        llm.generate(prompts, params)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return list(interrupts.seen)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_interruptions_at_any_line(loaded, small_pieces, twice):
+    """What was interrupted has left nothing behind, and others go on with the right tokens."""
+    rng = random.Random(0)
+    settings: dict[str, Any] = {"page_size": 4, "max_num_seqs": 3, "max_num_batched_tokens": 32}
+    llm = LLM(loaded, num_pages=11, max_model_len=40, **settings)
+    Paper(llm)
+    base = [rng.randrange(256) for _ in range(20)]
+    prompts = [base[:12] + [i] for i in range(5)]
+    params = [SamplingParams(max_tokens=n) for n in (2, 24, 20, 9, 3)]
+    other_params = SamplingParams(max_tokens=12)
+    lines = interrupted(llm, prompts, params)
+    assert llm.stats.preemptions > 0 and len(lines) > 150
+    for line in lines if not twice else rng.sample(lines, 60):
+        (other,) = llm.sequences([base], other_params)
+        llm.engine.add([other])
+        interrupted(llm, prompts, params, line, rng.randrange(2, 60) if twice else 0)
+        if not twice:  # else the request may not have been cancelled, and goes on
+            assert set(llm.engine.scheduler.running) | {*llm.engine.scheduler.waiting} <= {other}
+        llm.engine.run_until(lambda: llm.engine.idle)
+        if not other.failures:  # of what was interrupted as its own tokens were read
+            assert other.tokens == expected(base, other_params), line
+        assert llm.pool.free_pages == 11 and not llm.engine._watched
+        assert sorted(llm.engine.scheduler._slots) == [0, 1, 2]
+    wanted = [expected(p, s) for p, s in zip(prompts, params, strict=True)]
+    assert [o.token_ids for o in llm.generate(prompts, params)] == wanted
+
+
+def interrupt_once_after(monkeypatch, owner, name, when=lambda *_: True):
+    """The method is interrupted as it ends, the first time that when(its arguments)."""
+    method, hits = getattr(owner, name), []
+
+    def interrupted(*args):
+        method(*args)
+        if not hits and when(*args):
+            hits.append(1)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, name, interrupted)
+    return hits
+
+
+def run_through(llm: LLM):
+    while not llm.engine.idle:
+        try:
+            llm.engine.run_until(lambda: llm.engine.idle)
+        except KeyboardInterrupt:
+            pass
+    assert llm.pool.free_pages == llm.pool.num_pages
+
+
+def test_who_gives_way_is_not_lost(loaded, monkeypatch):
+    llm = LLM(loaded, num_pages=11, max_model_len=40, page_size=4, max_num_seqs=3)
+    Paper(llm)
+    params = SamplingParams(max_tokens=24)
+    sequences = llm.sequences([[i] * 12 for i in range(3)], params)
+    hits = interrupt_once_after(monkeypatch, llm.engine.scheduler, "drop", lambda s: not s.done)
+    llm.engine.add(sequences)
+    run_through(llm)
+    assert hits and [s.tokens for s in sequences] == [expected(s.prompt, params) for s in sequences]
+
+
+def test_who_is_cancelled_does_not_come_back(loaded, monkeypatch):
+    llm = LLM(loaded, num_pages=11, max_model_len=40, page_size=4, max_num_seqs=3)
+    Paper(llm)
+    (sequence,) = llm.sequences([[1, 2]], SamplingParams(max_tokens=30))
+    llm.engine.add([sequence])
+    llm.engine.run_until(lambda: sequence.tokens)
+    monkeypatch.setattr(llm.engine.scheduler, "drop", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        llm.engine.cancel([sequence])
+    monkeypatch.undo()
+    assert llm.engine.idle and sequence.finish_reason == "abort"
+    run_through(llm)
+
+
+def test_who_was_being_given_tokens_hears_of_the_interruption(loaded, monkeypatch):
+    """Their text may lack some: an error is better than such a text, or than no end at all."""
+    llm = LLM(loaded, num_pages=22, max_model_len=40, page_size=4, max_num_seqs=3)
+    Paper(llm)
+    params, told = SamplingParams(max_tokens=9), []
+    one, other = llm.sequences([[1, 2]], params) + llm.sequences([[3, 4]], params)
+    one.listener, one.streams = told.append, True
+    hits = interrupt_once_after(monkeypatch, one.detokenizer, "add")
+    llm.engine.add([one, other])
+    run_through(llm)
+    assert hits and told[-1].finish_reason == one.finish_reason == "error"
+    assert "interrupted while its tokens were read" in str(one.failures[0])
+    assert other.tokens == expected([3, 4], params) and not other.failures
+
+
+def test_a_recovery_that_is_interrupted_is_begun_anew(loaded, monkeypatch):
+    llm = LLM(loaded, num_pages=22, max_model_len=40, page_size=4, max_num_seqs=3)
+    fails = [False, True]
+    Paper(llm, fails=lambda: bool(fails) and fails.pop(0))
+    params = SamplingParams(max_tokens=20)
+    sequences = llm.sequences([[i] * 9 for i in range(3)], params)
+    hits = interrupt_once_after(monkeypatch, llm.pool, "clear")
+    llm.engine.add(sequences)
+    run_through(llm)
+    assert hits and [s.tokens for s in sequences] == [expected(s.prompt, params) for s in sequences]
+    assert sorted(llm.engine.scheduler._slots) == [0, 1, 2]
+
+
+def test_who_is_cancelled_within_the_last_step_goes(loaded):
+    llm = LLM(loaded, num_pages=22, max_model_len=40, page_size=4, max_num_seqs=3)
+    Paper(llm)
+    (one,) = llm.sequences([[1, 2]], SamplingParams(max_tokens=3))
+    (other,) = llm.sequences([[3, 4]], SamplingParams(max_tokens=30))
+    one.listener = lambda _: llm.engine.cancel([other])
+    llm.engine.add([one, other])
+    llm.engine.run_until(lambda: one.done)
+    assert llm.engine.idle and llm.pool.free_pages == 22

@@ -60,6 +60,15 @@ def test_refusals():
         init_cache(config(12), num_pages=1)
     with pytest.raises(ValueError, match="kv_bits=5 is not supported: use 4, 8 or 16"):
         init_cache(config(), num_pages=1, kv_bits=5)
+    wrong: Any
+    for wrong in (0, -1, 1.5, "4", True):
+        with pytest.raises(ValueError, match=f"num_pages={wrong!r} is no size: use an integer of"):
+            init_cache(config(), num_pages=wrong)
+        with pytest.raises(ValueError, match=f"page_size={wrong!r} is no size"):
+            init_cache(config(), num_pages=1, page_size=wrong)
+    for wrong, name in (("foo", "'foo'"), (jnp.int32, "int32"), ("float8_e4m3fn", "float8_e4m3fn")):
+        with pytest.raises(ValueError, match=f"no cache is of {name}: use one of bfloat16, flo"):
+            init_cache(config(), num_pages=1, kv_bits=16, dtype=wrong)
 
 
 class Device:

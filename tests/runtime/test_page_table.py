@@ -67,14 +67,16 @@ def test_a_second_page_of_the_same_contents_is_not_known():
     assert pool.share(keys) == [first]
 
 
-def test_forgetting_keeps_the_count():
-    pool = PagePool(3, 4)
-    pages = take(pool, 2)
-    pool.publish(pages[0], b"x")
-    pool.release(pages)
-    pool.forget()
-    assert pool.free_pages == 3 and pool.share([b"x"]) == []
-    assert len(set(take(pool, 3))) == 3
+def test_a_cleared_pool_has_all_pages_and_knows_none():
+    pool = PagePool(4, 4)
+    used, unused = take(pool, 2), take(pool, 1)
+    for page, key in zip(used + unused, (b"x", b"y", b"z"), strict=True):
+        pool.publish(page, key)
+    pool.release(unused)
+    pool.clear()
+    assert pool.free_pages == 4
+    assert [pool.share([key]) for key in (b"x", b"y", b"z")] == [[], [], []]
+    assert sorted(take(pool, 4)) == [0, 1, 2, 3]
 
 
 def test_random_use_never_loses_or_doubles_a_page():

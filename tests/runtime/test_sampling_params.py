@@ -1,6 +1,8 @@
 """SamplingParams: defaults, normalisation, and one-line errors naming value, limit and cure."""
 
 import math
+import re
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,7 @@ def test_sequences_become_tuples():
     assert SamplingParams(stop="END").stop == ("END",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
     assert SamplingParams(stop=None).stop == ()
+    assert SamplingParams(stop_token_ids=None).stop_token_ids == ()
     assert SamplingParams(stop_token_ids=[3, 5]).stop_token_ids == (3, 5)
 
 
@@ -37,7 +40,6 @@ BAD = [
     ("max_tokens", 0, ">= 1"),
     ("max_tokens", -5, ">= 1"),
     ("max_tokens", 2.5, ">= 1"),
-    ("max_tokens", None, ">= 1"),
     ("temperature", -0.1, ">= 0"),
     ("temperature", math.nan, "finite"),
     ("temperature", math.inf, "finite"),
@@ -88,7 +90,27 @@ def test_bad_values_are_refused_in_one_line(field, value, limit):
     assert message.startswith(field) and limit in message and ": " in message
     assert "\n" not in message
     shown = value if not isinstance(value, (dict, list)) else list(value)[-1]
-    assert repr(shown) in message
+    assert repr(shown)[:40] in message
+
+
+@pytest.mark.parametrize("field", ["temperature", "stop", "stop_token_ids", "logit_bias"])
+def test_long_values_are_shortened(field):
+    long: Any = {"stop": ["x" * 10**5, ""], "logit_bias": ["x" * 10**5]}.get(field, "x" * 10**5)
+    with pytest.raises(ValueError, match=rf"^{field}=.*xxx \.\.\. .*: (use|remove) ") as error:
+        SamplingParams(**{field: long})
+    assert len(str(error.value)) < 200
+
+
+def test_what_is_not_taken_is_said():
+    """vLLM's other fields are named, and those named are not taken."""
+    named = re.search(r"vLLM's (min_tokens, .*?)\.", SamplingParams.__doc__ or "", re.DOTALL)
+    assert named
+    fields = re.findall(r"[a-z]\w*_\w+|detokenize", named[1])
+    assert {"bad_words", "allowed_token_ids", "prompt_logprobs"} < set(fields)
+    for field in fields:
+        given: dict[str, Any] = {field: 1}
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{field}'"):
+            SamplingParams(**given)
 
 
 def test_equal_greedy_completions_are_refused():

@@ -19,9 +19,11 @@ def sequence(index: int, prompt: int | list[int], limit: int = 1) -> Sequence:
     return Sequence(index, 0, ids, SamplingParams(), 0, limit, (), detokenizer)
 
 
-def make(num_pages, sequences, *, places=8, budget=1024, share=True, in_pieces=False):
+def make(num_pages, sequences, *, places=8, budget=1024, share=True, in_pieces=False, salted=False):
     pool = PagePool(num_pages, page_size=8)
-    scheduler = Scheduler(pool, places, budget, share_prefixes=share, in_pieces=in_pieces)
+    scheduler = Scheduler(
+        pool, places, budget, share_prefixes=share, in_pieces=in_pieces, salted=salted
+    )
     scheduler.waiting.extend(sequences)
     return pool, scheduler
 
@@ -199,13 +201,24 @@ def test_without_sharing_no_page_has_two_owners():
     assert len(set(pages)) == len(pages) == 9
 
 
-def test_what_was_generated_is_shared_too():
-    _, scheduler = make(32, [sequence(0, 8, limit=10)])
+@pytest.mark.parametrize("generated", [10, 16])
+def test_what_was_generated_is_shared_too(generated):
+    """The full pages of what was cached: the last token of all never is."""
+    _, scheduler = make(32, [sequence(0, 8, limit=generated)])
     run(scheduler, schedule(scheduler, steps=16))
-    again = [*range(8), *[7] * 10]
+    again = [*range(8), *[7] * (generated + 1)]
     scheduler.waiting.append(sequence(1, again))
     (chunk,) = schedule(scheduler).chunks
-    assert chunk.start == 16  # of 17 that were cached, the full pages
+    assert chunk.start == 16  # of 17 and of 23
+
+
+def test_salted_pages_are_those_of_sequences_as_long():
+    """With dynamic NTK a key depends on how long its sequence may become."""
+    text = list(range(20))
+    sequences = [sequence(i, text, limit) for i, limit in enumerate((5, 5, 6))]
+    _, scheduler = make(32, sequences, salted=True)
+    chunks = schedule(scheduler).chunks
+    assert [(c.sequence.index, c.start) for c in chunks] == [(0, 0), (1, 16), (2, 0)]
 
 
 @pytest.mark.parametrize("share", [False, True])

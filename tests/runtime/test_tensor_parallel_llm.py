@@ -103,7 +103,8 @@ def test_sizes_that_cannot_be_had_are_refused():
         LLM(DEMO, tensor_parallel_size=64)
     with pytest.raises(ValueError, match="tensor_parallel_size=0 must be an integer"):
         LLM(DEMO, tensor_parallel_size=0)
-    message = "=4 does not divide 4 query and 2 KV heads of 64 in groups of 128 inputs: use 1 or 2"
+    message = "=4 does not divide 4 query and 2 KV heads of 64 in groups of 128 inputs: "
+    message += "use 1 or 2, or quantise with group_size=-1"
     with pytest.raises(ValueError, match=message):
         LLM(DEMO, tensor_parallel_size=4)
     with pytest.raises(ValueError, match="=2 but the model was loaded onto 1 device"):

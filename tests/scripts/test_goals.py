@@ -56,6 +56,47 @@ def test_what_no_row_tells_is_not_measured():
     assert {g.found for g in matmuls} == {None} and len(matmuls) == 32 + 4 + 24
     speeds = list(goals.serving_goals({"rows": []}))
     assert {g.found for g in speeds} == {None} and len(speeds) == 6
+    times = list(goals.parallel_goals({"rows": []}))
+    assert {g.found for g in times} == {None} and [g.limit for g in times] == [1.6, 2.6]
+
+
+def attention_row(us, attends, b=1, ctx=16384):
+    sizes = {"heads": 32, "kv_heads": 8, "head_dim": 128, "kv_bits": 4, "b": b, "ctx": ctx}
+    more = {"backend": "mosaic_sm90", "cudnn_bf16_us": None, "rel_err": 1e-3}
+    return sizes | more | {"attends": attends, "us": us}
+
+
+def test_goals_of_decode_are_for_both_kinds_of_attention():
+    rows = [attention_row(11.0, "quantized"), attention_row(12.0, "full")]
+    report = {"rows": rows, "append": [], "prefill": []}
+    found = [g for g in goals.attention_goals(report) if g.kind == "attention, Llama-3-8B, µs"]
+    assert [(g.what, g.limit, g.found) for g in found] == [
+        ("KV4 1 x 16384", 11.5, 11.0),
+        ("KV4 1 x 16384, full", 11.5, 12.0),
+    ]
+
+
+def test_goals_of_prefill_are_for_both_and_a_row_that_does_not_say_is_full():
+    row = {"backend": "mosaic_sm90", "us": 105.0, "cudnn_bf16_us": 100.0}
+
+    def found(*rows):
+        report = {"rows": [], "append": [], "prefill": list(rows)}
+        return [(g.what, g.found) for g in goals.attention_goals(report)]
+
+    names = [f"mosaic_sm90, {attends}" for attends in ("quantized", "full")]
+    assert found(row) == list(zip(names, (None, 105.0), strict=True))
+    both = [row | {"attends": "quantized", "us": 130.0}, row | {"attends": "full"}]
+    assert found(*both) == list(zip(names, (130.0, 105.0), strict=True))
+    assert found(row | {"cudnn_bf16_us": None}) == list(zip(names, (None, None), strict=True))
+
+
+def test_several_gpus_are_compared_with_one():
+    row = {"bench": "decode", "model": "llama3-70b", "precision": "w4a8kv4", "batch": 64}
+    one, two = (row | {"gpus": n, "sums": None, "tokens_per_s": 100.0 * n**0.5} for n in (1, 2))
+    slower = two | {"sums": "nccl", "tokens_per_s": 1.0}
+    of_two, of_four = goals.parallel_goals({"rows": [one, two, slower]})
+    assert of_two.found == pytest.approx(2**0.5) and of_two.excess > 0
+    assert of_four.found is None
 
 
 def test_the_time_of_as_many_bytes():
@@ -76,8 +117,9 @@ def test_every_goal_of_attention_can_be_missed():
     for row in report["rows"]:  # but what the others are compared with
         if goals._heads(row) == goals.LLAMA_HEADS and row["backend"] == "mosaic_sm90":
             row["us"] /= 10
-    kinds = {g.kind for g in goals.attention_goals(report) if g.excess > 0}
-    assert kinds >= {g.kind for g in goals.attention_goals(report)} - {
+    known = [g for g in goals.attention_goals(report) if g.found is not None]
+    kinds = {g.kind for g in known if g.excess > 0}
+    assert kinds >= {g.kind for g in known} - {
         "attention, Llama-3-8B, µs",
         "attention, 1.2 of cuDNN's, µs",
     }

@@ -47,7 +47,7 @@ def test_recorded_tables_are_those_of_their_json(scripts, recorded):
 
 
 MISSED = {"residual: rotation, RTN per channel / GPTQ per channel without outliers ≤ 1.03"}
-"""docs/architecture.md says why."""
+"""docs/quantization.md says why."""
 
 
 def test_recorded_bars_are_met_but_for_those_the_documents_name():
@@ -55,7 +55,7 @@ def test_recorded_bars_are_met_but_for_those_the_documents_name():
     missed = {bar["bar"]: bar["value"] for bar in content["bars"] if not bar["met"]}
     assert set(missed) == MISSED
     (times,) = missed.values()
-    told = (ROOT / "docs" / "architecture.md").read_text()
+    told = (ROOT / "docs" / "quantization.md").read_text()
     assert f"leaves {times:.0f} times" in told
 
 

@@ -99,6 +99,7 @@ def test_malformed_bodies(served, body, words):
         ({"stream_options": {"include_usage": True}}, "stream_options", "set stream"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options", "'x'"),
         ({"best_of": 3}, "best_of", "not supported"),
+        ({"best_of": True}, "best_of", "not supported"),
         ({"suffix": "end"}, "suffix", "not supported"),
         ({"max_token": 5}, "max_token", "no field"),
         ({"messages": []}, "messages", "no field"),
@@ -133,7 +134,8 @@ def test_wrong_fields(served, fields, param, words):
         ({"logprobs": 2}, "true or false"),
         ({"tools": [{"type": "function"}]}, "tools="),
         ({"response_format": {"type": "json_object"}}, "response_format="),
-        ({"max_completion_tokens": 0}, ">= 1"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens=0 must be >= 1"),
+        ({"max_tokens": -1, "max_completion_tokens": 2}, "max_tokens=-1 must be >= 1"),
     ],
 )
 def test_wrong_chats(served, fields, words):
@@ -175,6 +177,29 @@ def test_oversized_bodies(llm, serve):
         assert served.complete(**good())[0] == 200
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_what_cannot_but_be_too_long_is_not_tokenised(served, llm, monkeypatch, chat):
+    """Tokens of the demo have at most the 13 characters of <|endoftext|>, and one comes before."""
+    encoded, encode = [], llm.tokenizer.encode
+    monkeypatch.setattr(llm.tokenizer, "encode", lambda t, **o: encoded.append(t) or encode(t, **o))
+
+    def body(text):
+        messages = [{"role": "user", "content": text}]
+        return good(prompt=None, messages=messages) if chat else good(prompt=text)
+
+    path, field, start = COMPLETIONS, "prompt", ""
+    if chat:
+        path, field, start = CHAT, "messages", "<|endoftext|>"
+    longest = "<|endoftext|>" * 126
+    assert served.request("POST", path, json.dumps(body(longest)))[0] == 200
+    assert encoded.pop() == start + longest
+    error = refused(served, path, body("a" * (13 * (127 - chat))))
+    assert f" {13 * (127 - chat) + 1} tokens" in error["message"] and encoded.pop()
+    error = refused(served, path, body("a" * (2**22 - 200)))
+    assert (error["code"], error["param"]) == ("context_length_exceeded", field)
+    assert not encoded and "the limit is 127 tokens" in error["message"]
+
+
 def test_prompt_and_queue_limits(llm, serve):
     with serve(llm, limits=Limits(max_prompt_tokens=5, max_queue=1)) as served:
         assert served.complete(**good(prompt=[5] * 5))[0] == 200
@@ -189,7 +214,10 @@ def test_prompt_and_queue_limits(llm, serve):
             next(stream)
             error = refused(served, COMPLETIONS, good(), 429)
             assert (error["code"], error["type"]) == ("queue_full", "rate_limit_error")
-            assert "queue of 1" in error["message"]
+            message = (
+                "3 completions are accepted and 1 more would exceed 2 places and the queue of 1"
+            )
+            assert error["message"].startswith(message)
             assert len({c.choices[0].index for c in stream}) == 3  # nor does it harm the others
         assert served.complete(**good())[0] == 200
 

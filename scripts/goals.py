@@ -94,7 +94,7 @@ def matmul_goals(report: Row) -> Iterator[Goal]:
             other = row[f"{name}_us"]
             if name == "bf16" or m <= 256:
                 found = row["us"] if other else None
-                yield Goal(f"W4A8, {name} in the same run, µs", what, other or math.nan, found)
+                yield Goal(f"W4A8, {name} beside it, µs", what, other or math.nan, found)
         grouped = rows.get((backend, 128, m, n, k))
         if group_size == -1 and grouped:
             yield Goal("per channel, groups of 128, µs", what, grouped["us"], row["us"])

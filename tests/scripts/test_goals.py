@@ -43,8 +43,8 @@ def test_goals_of_matmuls():
     measured = [(g.kind, g.what, g.found) for g in found if g.found is not None]
     assert measured == [
         ("W4A8, Llama-3-8B, µs", "4096x4096 M=16", 5.0),
-        ("W4A8, bf16 in the same run, µs", "4096x4096 M=16", 5.0),
-        ("W4A8, fp8 in the same run, µs", "4096x4096 M=16", 5.0),
+        ("W4A8, bf16 beside it, µs", "4096x4096 M=16", 5.0),
+        ("W4A8, fp8 beside it, µs", "4096x4096 M=16", 5.0),
         ("per channel, groups of 128, µs", "4096x4096 M=16 per channel", 5.5),
     ]
     wanted = next(g for g in found if g.what == "4096x4096 M=16")

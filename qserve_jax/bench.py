@@ -28,7 +28,7 @@ FORMATS = ("table", "csv", "json")
 GROUP_SIZES = (128, -1)
 BATCHES, CONTEXTS, KV_BITS = (1, 16, 64, 128, 256), (1024, 1536, 4096, 16384), (4, 8, 16)
 FLAGS = {
-    "matmul": ("shapes", "model_shape", "tokens", "group_size"),
+    "matmul": ("shapes", "model_shape", "tokens", "group_size", "only_ours"),
     "attention": ("heads", "batch", "context", "kv_bits"),
 }
 """Those of one --op only."""
@@ -168,6 +168,8 @@ def build_parser() -> _cli.Parser:
         help=f"matmul: rows of the activation (default: {' '.join(map(str, TOKENS))})")
     add("--group-size", nargs="+", type=int, choices=GROUP_SIZES, default=[],
         help="matmul: input features per scale, -1 for one per channel (default: both)")
+    add("--only-ours", action="store_true",
+        help="matmul: not XLA's and torch's bf16, int8 and fp8, which take most of the time")
     add("--heads", nargs="+", metavar="N/K/H", default=[],
         help="attention: query heads/KV heads/head_dim (default: those of six models, Llama-3-8B's"
         " with all batches, contexts and bits, the others with some)")
@@ -241,7 +243,7 @@ def measure(
     def run(bench: Any, backends: tuple[str, ...]) -> None:
         tokens = tuple(dict.fromkeys(args.tokens or TOKENS))
         sizes = tuple(dict.fromkeys(args.group_size or GROUP_SIZES))
-        run_sweep(Sweep(shapes, tokens, sizes, backends), bench)
+        run_sweep(Sweep(shapes, tokens, sizes, backends, others=not args.only_ours), bench)
 
     return _measured(args, saved, run)
 

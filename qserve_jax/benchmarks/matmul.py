@@ -38,12 +38,16 @@ from qserve_jax.quantization.qtensor import Array
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What to measure: every backend and group size (128, -1) at every (N, K) and M."""
+    """What to measure: every backend and group size (128, -1) at every (N, K) and M.
+
+    others: beside them XLA's and torch's bf16, int8 and fp8.
+    """
 
     shapes: tuple[Shape, ...]
     tokens: tuple[int, ...]
     group_sizes: tuple[int, ...]
     backends: tuple[str, ...]
+    others: bool = True
 
 
 @dataclasses.dataclass
@@ -98,7 +102,8 @@ def run_sweep(sweep: Sweep, bench: Bench) -> None:
         for size in sweep.group_sizes:
             with _told(f"w4a8 {n}x{k} group size {size}", bench):
                 _measure_ours(sweep, n, k, size, bench)
-    for n, k in sweep.shapes:  # last: XLA's search for its fastest kernels takes most of the time
+    # Last: XLA's search for its fastest kernels takes most of the time.
+    for n, k in sweep.shapes if sweep.others else ():
         with _told(f"bf16, int8 and fp8 {n}x{k}", bench):
             _measure_baselines(sweep, n, k, bench)
 

@@ -305,6 +305,10 @@ def test_flags(capsys, tmp_path):
         (f"--op attention --batch {10**30}", f"'{10**30}' is not an integer in 1..65536: give one"),
         (f"--op attention --context {10**30}", "is not an integer in 1..1048576: give one"),
         ("--op attention --shapes 5x5", "--shapes is of --op matmul, not of --op attention: leave"),
+        (
+            "--op attention --only-ours",
+            "--only-ours is of --op matmul, not of --op attention: leave",
+        ),
         ("--op attention --tokens 5", "--tokens is of --op matmul, not of --op attention: leave"),
         ("--kv-bits 4", "--kv-bits is of --op attention, not of --op matmul: leave it out"),
     ],

@@ -43,9 +43,9 @@ def no_torch(monkeypatch, small_cache):
     monkeypatch.setattr(baselines, "why_no_torch", lambda: "torch is not installed")
 
 
-def run(clock, start, tokens=(1, 3), group_sizes=(128, -1), backends=("reference",)):
+def run(clock, start, tokens=(1, 3), group_sizes=(128, -1), backends=("reference",), **more):
     saved, said = [], []
-    sweep = matmul.Sweep(((N, K),), tokens, group_sizes, backends)
+    sweep = matmul.Sweep(((N, K),), tokens, group_sizes, backends, **more)
     bench = matmul.Bench(clock, start, lambda r: saved.append(json.dumps(r)), said.append)
     matmul.run_sweep(sweep, bench)
     return bench, saved, said
@@ -66,6 +66,15 @@ def test_every_row_has_the_promised_columns():
     assert clock.calls == 2 * 3 + 4  # baselines once, not per group size
     assert len(saved) == 2 + 4 and not bench.problems
     assert any("fp8 is XLA's alone: torch is not installed" in line for line in said)
+
+
+def test_only_ours():
+    clock = FakeClock(10.0)
+    bench, _, _ = run(clock, make_report(), tokens=(1,), others=False)
+    assert [(r["us"], r["bf16_us"], r["fp8_us"]) for r in bench.report["rows"]] == [
+        (10.0, None, None)
+    ] * 2
+    assert clock.calls == 2 and not bench.report["baselines"]
 
 
 def test_what_a_report_has_is_not_measured_again():

@@ -77,7 +77,8 @@ def make_measure(design: Design, x: Any, w: Any) -> Measure:
 
 
 def tune(name: str, m: int, n: int, k: int, group_size: int, rounds: int) -> dict[str, Any] | None:
-    """An entry for the device's file, None where the heuristic's config is not beaten."""
+    """An entry for the device's file, without "config" where the heuristic's is not beaten; None
+    where nothing could be measured."""
     design, per_group = DESIGNS[name], group_size != -1
     try:
         start = design.choose(m, n, k, per_group)
@@ -98,9 +99,9 @@ def tune(name: str, m: int, n: int, k: int, group_size: int, rounds: int) -> dic
         print(f"{name} {m=} {n=} {k=} {per_group=}: {error}", flush=True)
         return None
     print(f"{name} {m=} {n=} {k=} {per_group=}: {first:.2f} -> {us:.2f} us, {best}", flush=True)
-    if us > ENOUGH * first:
-        return None
     sizes = {"design": name, "m": m, "n": n, "k": k, "per_group": per_group}
+    if us > ENOUGH * first:
+        return sizes
     return sizes | {"config": dataclasses.asdict(best), "us": us, "heuristic_us": first}
 
 
@@ -108,15 +109,19 @@ ORIGIN = ("jax", "commit")
 
 
 def merge(path: Path, entry: dict[str, Any]) -> None:
-    """Write the entry into the file, in the place of one for the same sizes. Whole or not at all;
-    entries of an earlier run keep the jax and the commit that measured them."""
+    """Write the entry into the file, in the place of one for the same sizes; one without a config
+    only takes that away, for the rules do better now. Whole or not at all; entries of an earlier
+    run keep the jax and the commit that measured them."""
     here = provenance() | {"jax": jax.__version__}
     origin = {name: here[name] for name in ("device", *ORIGIN)}
     content = read_tuned(path, here["device"]) or {**origin, "entries": []}
     of_then = {name: content[name] for name in ORIGIN if content[name] != origin[name]}
     old = [of_then | e for e in content["entries"] if key(e) != key(entry)]
+    new = [entry] if "config" in entry else []
+    if not new and len(old) == len(content["entries"]):
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_report(path, origin | {"entries": sorted([*old, entry], key=key)})
+    write_report(path, origin | {"entries": sorted([*old, *new], key=key)})
 
 
 def key(entry: dict[str, Any]) -> tuple:

@@ -125,6 +125,29 @@ def test_a_file_that_is_broken_or_of_another_device_is_left_alone(tmp_path, cont
     assert path.read_text() == content
 
 
+def test_what_the_rules_now_do_as_well_is_taken_away(tmp_path):
+    path, beaten = tmp_path / "x.json", {k: v for k, v in ENTRY.items() if k != "config"}
+    tune_kernels.merge(path, beaten)
+    assert not path.exists()
+    tune_kernels.merge(path, ENTRY)
+    tune_kernels.merge(path, ENTRY | {"m": 32})
+    before = path.read_text()
+    tune_kernels.merge(path, beaten | {"m": 64})
+    assert path.read_text() == before
+    tune_kernels.merge(path, beaten)
+    assert [e["m"] for e in json.loads(path.read_text())["entries"]] == [32]
+
+
+@pytest.mark.parametrize("us, kept", [(99.5, False), (98.5, True)])
+def test_a_config_is_kept_only_if_it_is_enough_faster(us, kept, monkeypatch, small_cache):
+    monkeypatch.setattr(
+        tune_kernels, "make_measure", lambda *_: lambda configs: [100.0] * len(configs)
+    )
+    monkeypatch.setattr(tune_kernels, "climb", lambda start, *_: (start, us, 100.0))
+    entry = tune_kernels.tune("mma", 16, 64, 512, 128, 1)
+    assert entry is not None and entry["m"] == 16 and ("config" in entry) == kept
+
+
 def test_a_case_without_a_time_does_not_end_the_run(capsys, monkeypatch, small_cache):
     monkeypatch.setattr(
         tune_kernels, "make_measure", lambda *_: lambda configs: [None] * len(configs)

@@ -1,4 +1,4 @@
-"""The keys of a Hugging Face config.json and how to read their values: nothing is ignored.
+"""The keys of a Hugging Face config.json and how to read their values.
 
 A key is read, or is known not to change the model's output, or is refused by name.
 """

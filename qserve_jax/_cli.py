@@ -274,8 +274,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="prompt tokens computed at once; longer prompts are computed in chunks, with decode "
         "steps between (default: %(default)s)")
     add("--prefix-caching", action=argparse.BooleanOptionalAction,
-        help="prompts that begin alike share pages (default: where that changes no token: with "
-        "--attends quantized or a 16-bit cache)")
+        help="prompts that begin alike share pages (default: where a token's arithmetic does not "
+        "depend on it: with --attends quantized or a 16-bit cache)")
     add_device_arguments(group)
     add("--seed", type=whole_number(0, 2**63 - 1), metavar="N", default=0,
         help="of the random numbers (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""Measure what docs/results has of a GPU, part by part, within a given time.
+"""Measure most of what docs/results has of one GPU, part by part, within a given time.
 
     python scripts/measure.py --into FOLDER [--seconds 540] PART [PART ...]
     python scripts/measure.py --list
@@ -30,6 +30,8 @@ MODELS = "--model-shape llama3-8b qwen2.5-7b llama2-7b llama3-70b qwen2.5-72b"
 QSERVE = "--shapes 28672x4096 4096x4096 4096x14336 --tokens 16 64 128 256 1024 4096"
 RANDOM_8B = "--dummy-weights --model-shape llama3-8b"
 RANDOM_72B = "--dummy-weights --model-shape qwen2.5-72b"
+FLOAT_LAYERS = "--xla_gpu_enable_dynamic_slice_fusion=true --xla_gpu_enable_triton_gemm=false"
+"""Without, XLA copies the weights of float layers."""
 TESTS = "python scripts/gpu_tests.py --processes 16 --output {into}/gpu_tests_nvidia_h200.json"
 BATCHING = "python scripts/batching_check.py --dummy-weights llama3-8b"
 BATCHING += " --output {into}/h200_batching.json --parts"
@@ -59,9 +61,11 @@ PARTS: dict[str, tuple[int, str]] = {
         gpu_tests("decode_gpu", "rope_append", "chunked_prefill", "prefill_attention",
                   "prefill_wgmma")),
     "throughput": (
+        120, f"{BENCH} throughput {RANDOM_8B} --batch 256 --save {{into}}/new_throughput.json"),
+    "throughput beside 16 bits": (
         240,
-        f"{BENCH} throughput {RANDOM_8B} --batch 256 --precisions w4a8kv4 w16a16kv16"
-        " --save {into}/new_throughput.json"),
+        f"env 'XLA_FLAGS={FLOAT_LAYERS}' {BENCH} throughput {RANDOM_8B} --batch 256"
+        " --precisions w4a8kv4 w16a16kv16 --save {into}/new_16_bits.json"),
     "decode": (
         120, f"{BENCH} decode {RANDOM_8B} --batch 1 64 256 --save {{into}}/new_decode.json"),
     "latency": (
@@ -91,7 +95,7 @@ def copy_results(into: Path) -> None:
 def run_part(command: str, seconds: float, into: Path) -> str:
     """Runs it in a process group of its own; how it ended."""
     words = [word.format(into=into) for word in shlex.split(command)]
-    words[0] = sys.executable
+    words = [sys.executable if word == "python" else word for word in words]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(words, cwd=ROOT, env=env, start_new_session=True)
     try:

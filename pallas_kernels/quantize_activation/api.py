@@ -39,8 +39,8 @@ def quantize_activation(x: Array, *, backend: str | None = None) -> Int8Activati
     with a NaN has the scale NaN.
 
     Raises ValueError where x has no features; NotImplementedError from an explicit Mosaic backend
-    where K is no multiple of 128 or x is none of bf16, f16 and f32; by default such x go to the
-    reference.
+    where K is no multiple of 128 up to 32768, there are no tokens, or x is none of bf16, f16 and
+    f32; by default such x go to the reference.
     """
     return _run("quantize_activation", backend, x)
 

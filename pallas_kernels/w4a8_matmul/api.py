@@ -77,6 +77,18 @@ def _check(
     layer: Array | int | None,
     out_dtype: jax.typing.DTypeLike,
 ) -> None:
+    if not isinstance(x, Int8Activation):
+        name = type(x).__name__
+        raise ValueError(
+            f"x is of {name} but must be Int8Activation: quantize_activation makes one"
+        )
+    if not isinstance(w, QuantizedWeight):
+        raise ValueError(
+            f"the weight is of {type(w).__name__}: quantize_params makes one that fits"
+        )
+    out = jnp.dtype(out_dtype)
+    if out != jnp.int32 and not jnp.issubdtype(out, jnp.floating):
+        raise ValueError(f"out_dtype={out.name} must be a float, or int32 for the sums alone")
     eight_bits = isinstance(w, W8PerChannel)
     packed = not eight_bits and w.layout == LAYOUT
     w_dtype = jnp.int8 if eight_bits else jnp.int32 if packed else jnp.uint8
@@ -96,7 +108,7 @@ def _check(
     n, k_weight = weight_shape(w)
     if k != k_weight:
         raise ValueError(f"x has {k=} but weight has K={k_weight}")
-    if jnp.dtype(out_dtype) == jnp.int32 and (bias is not None or residual is not None):
+    if out == jnp.int32 and (bias is not None or residual is not None):
         raise ValueError("out_dtype=int32 is for the sums alone: leave bias and residual out")
     words = CODE_WORDS + (SCALE_WORDS if isinstance(w, W4PerGroup) else 0)
     if packed and w.codes.shape[-2:] != (BLOCKS, words):

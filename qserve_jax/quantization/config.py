@@ -43,8 +43,12 @@ class QuantConfig:
             ("scale_dtype", ("float32", "float16")),
         ):
             value = getattr(self, field)
-            if value not in allowed:
+            if value not in allowed or isinstance(value, float):
                 raise ValueError(f"{field}={value!r:.60} is not supported: use one of {allowed}")
+        if not isinstance(self.round_level_one, bool):
+            raise ValueError(
+                f"round_level_one={self.round_level_one!r:.60} is not supported: use True or False"
+            )
         if self.act_bits == 8 and self.weight_bits == 16:
             raise ValueError("act_bits=8 needs 4- or 8-bit weights, got weight_bits=16")
 

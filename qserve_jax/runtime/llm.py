@@ -45,8 +45,9 @@ class LLM:
     max_num_seqs: sequences decoded together. seed: of requests without one of their own.
     max_num_batched_tokens: prompt tokens computed per call, padding included; longer prompts are
       computed in chunks, with decode steps between.
-    enable_prefix_caching: prompts that begin with the same full pages share them. Default: where
-      that changes no token, so not with attends="full" and a quantised cache.
+    enable_prefix_caching: prompts that begin with the same full pages share them. Default: where a
+      token's arithmetic does not depend on it, so not with attends="full" and a quantised cache.
+      (Shapes do, so tokens can still differ where the two best logits nearly tie.)
     attends: what a query sees of the new tokens' K and V: "quantized" (the default) as the cache
       holds them, so that a token's arithmetic does not depend on how its prompt was chunked, shared
       or computed anew; or "full", unquantised, as QServe does (see `paged_attention`).
@@ -98,7 +99,7 @@ class LLM:
         if enable_prefix_caching is not None and not isinstance(enable_prefix_caching, bool):
             raise ValueError(
                 f"enable_prefix_caching={enable_prefix_caching!r:.40} must be True or False: use "
-                "None to share where that changes no token"
+                "None for the default"
             )
         self.attends = attends
         loaded_here = not isinstance(model, LoadedModel)

@@ -249,6 +249,14 @@ def test_errors(rng):
     unsigned = dataclasses.replace(stacked, codes=stacked.codes.astype(jnp.uint8))
     with pytest.raises(ValueError, match="weight codes are uint8 but must be int8"):
         quantized_matmul(x, unsigned, layer=0)
+    plain: Any = jnp.zeros((2, 256), jnp.int8)
+    with pytest.raises(ValueError, match="x is of Array.* but must be Int8Activation"):
+        quantized_matmul(plain, stacked, layer=0)
+    with pytest.raises(ValueError, match="the weight is of Array.*: quantize_params makes"):
+        quantized_matmul(x, plain)
+    for dtype in (jnp.int8, jnp.bool_, jnp.complex64):
+        with pytest.raises(ValueError, match=rf"out_dtype={jnp.dtype(dtype).name} must be a float"):
+            quantized_matmul(x, stacked, layer=0, out_dtype=dtype)
     with pytest.raises(ValueError, match="needs 4-bit weights, got W8PerChannel"):
         w4a8_matmul(x, stacked, layer=0)
     with pytest.raises(ValueError, match=r"bias has shape \(1,\) but the product needs \(8,\)"):

@@ -63,6 +63,15 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [("group_size", 128.0), ("weight_bits", 4.0), ("kv_bits", 5), ("round_level_one", "x")],
+)
+def test_other_settings_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value!r} is not supported: use "):
+        QuantConfig(**{name: value})
+
+
 @pytest.mark.parametrize("config", [G128, PER_CHANNEL, W8], ids=["g128", "channel", "w8"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_layout_is_the_two_dimensional_matrix_quantised(layout, config, rng):

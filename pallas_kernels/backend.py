@@ -43,7 +43,7 @@ CACHE_DTYPES = ("bfloat16", "float16", "float32")
 
 NEEDS: dict[str, tuple[str, str, Callable[[str], bool]]] = {
     "mosaic_sm90": ("Hopper", "9.0", lambda capability: capability == "9.0"),
-    "mosaic_mma": ("Ampere", "8.0 or more", lambda capability: _major(capability) >= 8),
+    "mosaic_mma": ("Ampere or newer", "8.0 or more", lambda capability: _major(capability) >= 8),
 }
 """Backend -> the GPU it needs, its compute capability in words and as a check."""
 

@@ -190,6 +190,11 @@ def describe(error: Exception) -> str:
         return f"{message}: lower --num-pages, --max-num-seqs or --max-model-len"
     if isinstance(error, (ValueError, OSError, NotImplementedError)):
         return message
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"{error.name} is not installed for {sys.executable}: use the Python that qserve_jax "
+            "is installed for, as .venv/bin/python of `make demo`"
+        )
     return f"{type(error).__name__}: {message} (--debug shows the traceback)"
 
 
@@ -267,7 +272,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens per page of the KV cache (default: %(default)s)")
     add("--num-pages", type=positive, metavar="N",
         help="pages of the KV cache, of which each device holds its heads (default: what the "
-        "prompts and --max-tokens need, as far as the memory of each device goes)")
+        "longest requests may need, as far as the memory of each device goes)")
     add("--max-num-seqs", type=positive, metavar="N",
         help="sequences decoded together (default: all, at most 64)")
     add("--max-num-batched-tokens", type=whole_number(16), metavar="N", default=8192,

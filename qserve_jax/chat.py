@@ -18,6 +18,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import contextlib
 import dataclasses
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -129,6 +130,9 @@ def converse(llm: LLM, params: SamplingParams, system: str | None, has_template:
             return
         if line == "/reset":
             history = list(start)
+            continue
+        if re.fullmatch(r"/\w+", line):
+            print(f"error: {line} is no command: /reset and /exit are", file=sys.stderr)
             continue
         asked = [*history, {"role": "user", "content": line}]
         try:

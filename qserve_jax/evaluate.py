@@ -333,8 +333,10 @@ def print_rows(
         if "accuracy" in first:
             print(f"Right answers {first['accuracy']:.1%} ({first['name']})")
     if "num_tokens" in first:
-        windows = f"{first['num_windows']} windows of {settings['seq_len']}"
-        _note(args, f"{first['num_tokens']} tokens scored, in {windows}; ± is one standard error")
+        count, length = first["num_windows"], settings["seq_len"]
+        windows = f"{count} windows of {length}" if count > 1 else f"one window of at most {length}"
+        spread = "± is one standard error" + (", which takes two windows" if count == 1 else "")
+        _note(args, f"{first['num_tokens']} tokens scored, in {windows}; {spread}")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ def quantize(argv: Sequence[str]) -> None:
         try:
             report = run(args, text)
         except KeyboardInterrupt:
-            _note(args, f"stopped: the same command goes on with {args.output}.partial")
+            if (partial := Path(f"{args.output}.partial")).exists():
+                _note(args, f"stopped: the same command goes on with {partial}")
             raise
         except RuntimeError as error:  # JaxRuntimeError is one
             if "RESOURCE_EXHAUSTED" not in str(error) or args.debug:
@@ -136,7 +137,9 @@ def check_arguments(args: argparse.Namespace) -> str | None:
     except (ValueError, OSError, RuntimeError) as error:
         raise UsageError(f"--output: {error}") from None
     if args.plot is not None and not can_plot():
-        raise UsageError("--plot needs matplotlib, which is not installed: pip install matplotlib")
+        raise UsageError(
+            "--plot needs matplotlib, which is not installed: pip install 'qserve_jax[plot]'"
+        )
     if args.plot is not None and args.plot.is_dir():
         raise UsageError(f"--plot {args.plot} is a folder: name a file in it")
     if args.plot is not None and not args.plot.parent.is_dir():

@@ -58,6 +58,12 @@ def test_a_conversation(say, llm):
     assert "has no chat template: it goes on from your text" in err
 
 
+def test_what_is_no_command(say, llm):
+    out, err = say(["/rest", "Once upon a time"])
+    assert out == text_after(llm, "Once upon a time") + "\n"
+    assert "error: /rest is no command: /reset and /exit are" in err
+
+
 def test_a_template(say, llm, tmp_path):
     """The system prompt comes first, again after /reset; the end of stdin ends the conversation."""
     (tmp_path / "chat.jinja").write_text(TEMPLATE)

@@ -37,6 +37,12 @@ def run_raising(error, argv=()):
             "command: error: KeyError: 'name' (--debug shows the traceback)",
         ),
         (
+            ModuleNotFoundError("No module named 'jax'", name="jax"),
+            1,
+            f"command: error: jax is not installed for {sys.executable}: use the Python that "
+            "qserve_jax is installed for, as .venv/bin/python of `make demo`",
+        ),
+        (
             RuntimeError("first line\nsecond line"),
             1,
             "command: error: RuntimeError: first line (--debug shows the traceback)",

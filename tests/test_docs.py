@@ -61,7 +61,8 @@ def test_architecture_pipeline():
     scores = [sum(t.logprob for t in o.logprobs or ()) for o in outputs]
     best = outputs[int(np.argmax(scores))]
     np.testing.assert_allclose(score, max(scores), rtol=1e-3)
-    assert [t for t in tokens.tolist() if t >= 0] == best.token_ids
+    assert tokens.size == names["new"]
+    assert [t for t in tokens.tolist() if t >= 0] == best.token_ids  # -1 follows the end
 
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]

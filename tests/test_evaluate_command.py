@@ -102,6 +102,14 @@ def test_one_line(capsys, story):
     assert tokens == windows * 127  # the partial window is left out, a window's first not scored
 
 
+def test_a_text_of_one_window(capsys, tmp_path):
+    (tmp_path / "short.txt").write_text("Once upon a time there was a dog. " * 4)
+    assert evaluate.main(["--text", str(tmp_path / "short.txt"), "--seq-len", "128"]) == 0
+    out, err = capsys.readouterr()
+    assert "± ?" in out
+    assert "in one window of at most 128; ± is one standard error, which takes two windows" in err
+
+
 def test_context_bounds_the_windows(capsys, story):
     assert evaluate.main(["--text", story, "--precision", "w16a16kv16"]) == 0
     out, err = capsys.readouterr()

@@ -87,6 +87,20 @@ def open_work(
         yield work
 
 
+def _differing(wanted: dict[str, Any], found: dict[str, Any], place: str = "") -> list[str]:
+    """What is other than before, field by field; a hash only where nothing else says why."""
+    told = []
+    for key in sorted({*wanted, *found}, key=lambda key: (key == "sha256", key)):
+        now, before = wanted.get(key), found.get(key)
+        if now == before or (key == "sha256" and told):
+            continue
+        if isinstance(now, dict) and isinstance(before, dict):
+            told += _differing(now, before, f"{place}{key}.")
+        else:
+            told.append(f"{place}{key} is {brief(now)}, was {brief(before)}")
+    return told
+
+
 def _finished(work: Work) -> list[dict[str, Any]]:
     """The entries of an unfinished output. Raises CheckpointError unless it has these settings, and
     the files that it tells of."""
@@ -99,12 +113,7 @@ def _finished(work: Work) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{report} is damaged: give --restart to begin anew") from None
     wanted = json.loads(json.dumps(work.settings))
-    differing = [
-        f"{key} is {brief(wanted.get(key))}, was {brief(found.get(key))}"
-        for key in sorted({*wanted, *found})
-        if wanted.get(key) != found.get(key)
-    ]
-    if differing:
+    if differing := _differing(wanted, found):
         raise CheckpointError(
             f"{work.folder} was begun otherwise ({listing(differing)}): give the same flags to go "
             "on with it, or --restart to begin anew"

@@ -43,7 +43,10 @@ def to_qwix(w: QuantizedWeight) -> Any:
     Raises ImportError without qwix, ValueError where the codes are packed for a kernel, a layer was
     sliced off the stack, groups do not fit the kernel's axes, or zero points are no integers 0..15.
     """
-    qarray = importlib.import_module("qwix").QArray
+    try:
+        qarray = importlib.import_module("qwix").QArray
+    except ModuleNotFoundError:
+        raise ImportError("to_qwix needs qwix, which is not installed: pip install qwix") from None
     if not isinstance(w, W8PerChannel) and w.layout != "canonical":
         raise ValueError(f"layout {w.layout!r} is a kernel's: apply from_kernel_layout first")
     if w.codes.ndim - 2 != w.source.roles.count("stack"):

@@ -15,6 +15,7 @@ import numpy as np
 from qserve_jax.checkpoint import LoadedModel, load_model
 from qserve_jax.models.collectives import prepare_model
 from qserve_jax.models.sharding import ranks_of, tensor_mesh
+from qserve_jax.pallas_kernels.backend import resolve, unavailable
 from qserve_jax.pallas_kernels.paged_attention import ATTENDS
 from qserve_jax.runtime.batch import MIN_PROMPT_BUCKET
 from qserve_jax.runtime.compile_time import clock
@@ -101,6 +102,9 @@ class LLM:
                 f"enable_prefix_caching={enable_prefix_caching!r:.40} must be True or False: use "
                 "None for the default"
             )
+        named = resolve(backend) if backend else ()
+        if len(named) == 1 and (reason := unavailable(named[0])):
+            raise ValueError(f"backend={backend!r} cannot run: {reason}")
         self.attends = attends
         loaded_here = not isinstance(model, LoadedModel)
         if not isinstance(model, LoadedModel):

@@ -65,7 +65,9 @@ def encode_prompt(
 def _text_of_messages(messages: Sequence[dict[str, str]], tokenizer: Any) -> str:
     tokenizer = _require(tokenizer, "a chat prompt")
     if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template: give the prompt as text")
+        raise ValueError(
+            "the tokenizer has no chat template: give the prompt as text, or a template"
+        )
     return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from qserve_jax.checkpoint import CheckpointError, load_model
 from qserve_jax.layerwise import open_source, quantize_checkpoint, run
-from qserve_jax.layerwise.work import REPORT, open_work
+from qserve_jax.layerwise.work import REPORT, _differing, open_work
 from qserve_jax.quantization.recipes import find_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,12 +46,28 @@ def test_goes_on_where_it_stopped(tiny, quantized, tmp_path, monkeypatch, conten
     assert contents(output) == contents(quantized[0])
 
 
+def test_differences_are_told_field_by_field():
+    before = {"calibration": {"samples": 8, "sha256": "a", "dtype": "f"}, "seed": 1}
+    other = before | {"calibration": {"samples": 16, "sha256": "b", "dtype": "f"}}
+    assert _differing(other, before) == ["calibration.samples is 16, was 8"]
+    other = before | {"calibration": before["calibration"] | {"sha256": "b"}, "seed": 2}
+    assert _differing(other, before) == [
+        "calibration.sha256 is 'b', was 'a'",
+        "seed is 2, was 1",
+    ]
+
+
 def test_other_settings_are_refused_and_restart_forgets(tmp_path):
     output = tmp_path / "out"
     with open_work(output, 3, {"seed": 1, "recipe": {"gptq": True}}) as work:
         work.add({}, {"part": "tables"})
     with pytest.raises(CheckpointError, match="was begun otherwise .seed is 2, was 1.*--restart"):
         with open_work(output, 3, {"seed": 2, "recipe": {"gptq": True}}):
+            pass
+    with pytest.raises(
+        CheckpointError, match=r"begun otherwise .recipe\.gptq is False, was True.:"
+    ):
+        with open_work(output, 3, {"seed": 1, "recipe": {"gptq": False}}):
             pass
     with open_work(output, 3, {"seed": 1, "recipe": {"gptq": True}}) as work:
         assert work.parts == [{"part": "tables"}]

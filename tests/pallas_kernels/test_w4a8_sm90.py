@@ -421,8 +421,8 @@ def test_refusals(rng):
         w4a8_matmul(x, w, backend="mosaic_sm90")
     with pytest.raises(NotImplementedError, match="x has no tokens, but needs at least 1"):
         w4a8_matmul(make_activation(rng, 0, 256), packed, backend="mosaic_sm90")
-    with pytest.raises(NotImplementedError, match="out_dtype int8 is none of"):
-        w4a8_matmul(x, packed, out_dtype=jnp.int8, backend="mosaic_sm90")
+    with pytest.raises(NotImplementedError, match="out_dtype float8_e4m3fn is none of"):
+        w4a8_matmul(x, packed, out_dtype=jnp.float8_e4m3fn, backend="mosaic_sm90")
     with pytest.raises(NotImplementedError, match="residual float64 is none of"):
         residual: Any = jax.ShapeDtypeStruct((65, 64), np.float64)
         mosaic_sm90.gather("mosaic_sm90", x, packed, None, residual, None, "float16")
@@ -632,8 +632,10 @@ def test_refusals_name_the_backend_that_was_named(rng):
     """Up to 32 tokens mosaic_sm90 calls mosaic_mma."""
     x, w = make_activation(rng, 2, 256), to_kernel_layout(make_weight(True, rng, (64, 256)))
     for name in ("mosaic_sm90", "mosaic_mma"):
-        with pytest.raises(NotImplementedError, match=f"^{name}: out_dtype int8 is none of"):
-            w4a8_matmul(x, w, out_dtype=jnp.int8, backend=name)
+        with pytest.raises(
+            NotImplementedError, match=f"^{name}: out_dtype float8_e4m3fn is none of"
+        ):
+            w4a8_matmul(x, w, out_dtype=jnp.float8_e4m3fn, backend=name)
 
 
 @pytest.mark.parametrize("n, k", [(64, 192), (96, 256)])

@@ -42,6 +42,13 @@ def qwix(monkeypatch):
     return module
 
 
+def test_without_qwix(monkeypatch):
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    weight = quantize_kernel(jnp.ones((128, 8)), QuantConfig())
+    with pytest.raises(ImportError, match="to_qwix needs qwix, .*: pip install qwix"):
+        to_qwix(weight)
+
+
 def value(array):
     """(qvalue - zero_point) * scale by qwix's definition, in numpy."""
     parts = [array.scale, array.zero_point]

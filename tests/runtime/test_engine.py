@@ -387,10 +387,11 @@ def test_bad_requests_are_refused_in_one_line(llm, prompts, params, message):
         ({"max_num_seqs": "4"}, "max_num_seqs='4' must be an integer of at least 1"),
         (
             {"enable_prefix_caching": "no"},
-            "enable_prefix_caching='no' must be True or False: use None to share where",
+            "enable_prefix_caching='no' must be True or False: use None for the default",
         ),
         ({"seed": "x"}, "seed='x' must be an integer in 0..18446744073709551615"),
         ({"attends": "half"}, "attends='half' is unknown: use one of ('full', 'quantized')"),
+        ({"backend": "mosaic"}, "backend='mosaic' is unknown: use auto or one of mosaic_sm90"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(exact, settings, message):
@@ -427,7 +428,15 @@ def test_an_array_of_ids_is_a_prompt(llm):
         assert llm.generate(prompt, params)[0].token_ids == expected
 
 
-def test_a_loaded_model_takes_the_backend_it_is_given(exact):
+def test_a_loaded_model_takes_the_backend_it_is_given(exact, monkeypatch):
+    monkeypatch.setattr("qserve_jax.runtime.llm.unavailable", lambda name: None)
     llm = LLM(exact, num_pages=4, backend="mosaic_sm90")
     with pytest.raises(NotImplementedError, match="mosaic_sm90"):
         llm.generate([5, 6], SamplingParams(max_tokens=2))
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU may run it")
+def test_a_backend_that_cannot_run_is_refused_at_once():
+    with pytest.raises(ValueError, match="'mosaic_mma' cannot run: mosaic_mma needs an NVIDIA"):
+        LLM(DEMO, backend="mosaic_mma")
+    LLM(DEMO, backend="auto", max_model_len=32, num_pages=1)

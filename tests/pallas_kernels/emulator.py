@@ -184,6 +184,9 @@ class Gpu:
         with np.errstate(all="ignore"):
             return F32(np.float32(1) / x.value)
 
+    def to_float(self, value):
+        return F32(signed(value).astype(np.float32))
+
     def float_bits(self, x):
         return I32(np.ascontiguousarray(x.value).view(np.uint32))
 
@@ -201,6 +204,9 @@ class Gpu:
                 from_halves(np.stack([a.value, b.value], -1).astype(HALVES[dtype]))
                 for a, b in pairs
             ]
+
+    def pack_halves(self, low, high, dtype):
+        return self.words_of([low, high], dtype)[0]
 
     def floats_of(self, words, dtype):
         if dtype == "float32":
@@ -288,6 +294,26 @@ class Gpu:
             for i, r in enumerate(acc)
         ]
 
+    def load_matrix(self, address, offset=0):
+        """ldmatrix: lane l names row l % 8 of matrix l // 8, and gets word l % 4 of row l // 4 of
+        each."""
+        self._whole_warps()
+        rows = self.load_shared(address, offset, count=4)
+        matrices = np.stack([w.value for w in rows], -1).reshape(-1, 4, 32)
+        return [I32(np.ascontiguousarray(matrices[:, i]).reshape(-1)) for i in range(4)]
+
+    def mma_s8(self, acc, a, b):
+        """By the maps of the PTX ISA for m16n8k32; float32 holds such sums exactly."""
+        self._whole_warps()
+        left = np.stack([w.value for w in a]).view(np.int8).reshape(2, 2, -1, 8, 4, 4)
+        right = np.stack([w.value for w in b]).view(np.int8).reshape(2, -1, 8, 4, 4)
+        left = left.transpose(2, 1, 3, 0, 4, 5).reshape(-1, 16, 32)  # [row half, g], [k half, c, i]
+        right = right.transpose(1, 0, 3, 4, 2).reshape(-1, 32, 8)
+        product = left.astype(np.float32) @ right.astype(np.float32)
+        product = product.reshape(-1, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, -1)
+        words = product.astype(np.int32).view(np.uint32)
+        return [r + I32(word) for r, word in zip(acc, words, strict=True)]
+
     # Control
 
     @contextlib.contextmanager
@@ -373,9 +399,11 @@ class Gpu:
 
     def store_words(self, target, words):
         for i, word in enumerate(words):
-            address = target.advance(self.constant(i), 4)
-            where = self._bytes(address.memory, address.offset, 4)
-            address.memory[where] = self._store([word])
+            self.store_global(target.advance(self.constant(i), 4), [word])
+
+    def store_global(self, address, words):
+        where = self._bytes(address.memory, address.offset, 4 * len(words))
+        address.memory[where] = self._store(words)
 
     def address_in_block(self, address, rank):
         block = self.block // self.cluster * self.cluster + rank
@@ -388,10 +416,20 @@ class Gpu:
 
     # Copies by the threads. Groups are those of the whole grid: all threads commit and wait.
 
-    def copy_16_bytes(self, target, source, *, offset=0, source_offset=0):
-        to = self._bytes(self.shared, target.value.astype(np.int64) + offset, 16)
-        at = self._bytes(source.memory, source.offset + source_offset, 16)
-        octets, block = source.memory[at], self.block[self.active, None]
+    def copy_16_bytes(self, target, source, *, offset=0, source_offset=0, filled=16):
+        reads = np.broadcast_to(unsigned(filled), self.count) > 0
+        self._copy(target, offset, source, source_offset, 16, reads)
+
+    def copy_4_bytes(self, target, source):
+        self._copy(target, 0, source, 0, 4, np.ones(self.count, bool))
+
+    def _copy(self, target, offset, source, source_offset, size, reads):
+        """Zeros where it does not read."""
+        to = self._bytes(self.shared, target.value.astype(np.int64) + offset, size)
+        octets, block = np.zeros(to.shape, np.uint8), self.block[self.active, None]
+        with self.when(Predicate(reads)):
+            at = self._bytes(source.memory, source.offset + source_offset, size)
+        octets[reads[self.active]] = source.memory[at]
 
         def land():
             self.shared[block, to] = octets
@@ -409,6 +447,10 @@ class Gpu:
             for land in self.groups.pop(0):
                 if not self.eager:
                     land()
+
+    def wait_all_copies(self):
+        self.commit_copies()
+        self.wait_copies(0)
 
     # mbarriers and bulk copies, thread by thread
 

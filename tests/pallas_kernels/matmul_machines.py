@@ -7,6 +7,7 @@ barriers together; clusters come one after another.
 
 Clocks tell what each warp knows of the others (as in warpgroups.py): who reads shared memory must
 know of its last writer, and who writes, or asks for a copy, of all that have read or written it.
+(Who arrives `relaxed`, which the kernels do after their reads, passes on as much as others.)
 """
 
 import itertools
@@ -72,7 +73,8 @@ class Meeting(Barrier):
 class Cluster:
     """Blocks with shared memory, full of NaN, and barriers.
 
-    Of each word: who wrote it last, at what time of his, and when each warp of its block read it.
+    Of each word: who wrote it last, at what time of its own (0: nobody has), and when each warp of
+    its block read it.
     """
 
     def __init__(self, index, blocks, threads, shared_bytes, seed, stored):
@@ -135,10 +137,8 @@ class Agent(emulator.Gpu):
 
     def store_global(self, address, words):
         """To the output: what is written twice is the same."""
-        where, octets = (
-            self._bytes(address.memory, address.offset, 4 * len(words)),
-            self._store(words),
-        )
+        where = self._bytes(address.memory, address.offset, 4 * len(words))
+        octets = self._store(words)
         same = address.memory[where] == octets
         assert same[self.all.stored[where]].all(), "written twice"
         super().store_global(address, words)
@@ -155,8 +155,9 @@ class Agent(emulator.Gpu):
         return self._bytes(self.shared, start, size)[:, ::4] // 4
 
     def _reads(self, words):
-        writer = self.all.writer[self.rank, words]
-        known = self.all.written[self.rank, words] <= self.clock[writer]
+        written = self.all.written[self.rank, words]
+        assert written.all(), "read before it was written"
+        known = written <= self.clock[self.all.writer[self.rank, words]]
         assert known.all(), "read without meeting the writer"
         self.all.read[self.rank, words, self.warp] = self.clock[self.number]
 

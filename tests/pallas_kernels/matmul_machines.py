@@ -255,6 +255,7 @@ class Agent(emulator.Gpu):
 
     def arrive_in_block(self, barrier, rank):
         for at, block in self._acting(barrier, rank):
+            assert self.all.running[block], "arrives in a block that has ended"
             self._arrive(self._barrier(at, block), 1)
         self.warps.pause()
 

@@ -37,7 +37,7 @@ MMA = [  # m, n, k, config
     (17, 192, 384, MmaConfig(2, 2, 2, 32, 4)),  # more stages than chunks
     (60, 64, 512, MmaConfig(3, 1, 4, 24, 2)),  # three by two blocks, of 48 channels
     (33, 192, 384, MmaConfig(2, 4, 2, 32, 3)),  # the last block half beyond N
-    (9, 64, 512, MmaConfig(4, 2, 1, 24, 4)),  # the only one too; copies of x beyond 24 tokens
+    (9, 64, 512, MmaConfig(4, 2, 1, 24, 4)),  # the only block too; more threads copy x than it has
     (64, 128, 128, MmaConfig(4, 2, 1, 64, 2)),  # sums that take more room than the rings
     (130, 64, 256, MmaConfig(4, 1, 1, 128, 3)),
 ]

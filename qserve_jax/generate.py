@@ -101,6 +101,9 @@ def load(
     prompts = [token_ids(place, record, loaded, args) for place, record in records]
     longest = max(map(len, prompts)) + args.max_tokens
     llm = _cli.make_llm(args, loaded, len(prompts) * params.n, longest)
+    if longest > llm.max_model_len and not args.quiet:
+        room = f"completions end where prompt and completion are {llm.max_model_len} tokens"
+        print(f"note: --max-tokens {args.max_tokens}: {room}", file=sys.stderr)
     return llm, prompts, seconds + clock() - start
 
 

@@ -162,6 +162,10 @@ async def serve_llm(
     name = args.served_model_name or Path(args.model).resolve().name
     limits = Limits(args.max_body_bytes, args.max_prompt_tokens, args.max_queue)
     service = Service(AsyncLLM(llm), name, limits)
+    most, asked = service.longest_prompt, args.max_prompt_tokens
+    if asked is not None and asked > most and not args.quiet:
+        limit = f"prompts have at most {most}, by the context and the pool of pages"
+        print(f"note: --max-prompt-tokens {asked}: {limit}", file=sys.stderr, flush=True)
     host, port = bound.getsockname()[:2]
     where = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

@@ -134,6 +134,15 @@ def test_text_is_streamed_in_pieces(run, story_llm, monkeypatch):
     assert len(pieces) > 3 and all(pieces[-1].startswith(piece) for piece in pieces)
 
 
+def test_more_tokens_than_fit_are_told(run, story_llm):
+    most, prompt = story_llm.max_model_len, "Once upon a time"
+    _, err = run(story_llm, "--prompt", prompt, "--max-tokens", str(most), "--stop", ".")
+    words = f"note: --max-tokens {most}: completions end where prompt and completion are {most}"
+    assert words in err
+    _, err = run(story_llm, "--prompt", prompt, "--max-tokens", "8")
+    assert "note: --max-tokens" not in err
+
+
 def test_text_of_several_prompts_has_headers(run, story_llm):
     argv = ["--prompt", "Once upon a time", "--prompt", "The cat", "--stop", ".", "--quiet"]
     out, err = run(story_llm, *argv)

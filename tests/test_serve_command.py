@@ -153,6 +153,11 @@ def test_time_that_runs_out(number, code):
 
 
 @pytest.mark.slow
+def test_a_limit_that_the_pool_does_not_reach_is_told():
+    with server("--max-prompt-tokens", "5000") as (_, _, said):
+        assert "note: --max-prompt-tokens 5000: prompts have at most 255, by the context" in said
+
+
 def test_a_second_signal_ends_it_at_once():
     with server() as (process, port, _), client_of(port) as client:
         chunks = stream(client, n=20)

@@ -105,6 +105,9 @@ class Service:
     def _encode(self, job: Job) -> tuple[list[list[int]], list[str] | None]:
         """Token ids of the prompts, and their texts where they are to be echoed."""
         llm, field = self.engine.llm, "messages" if job.chat else "prompt"
+        if job.chat and llm.tokenizer is not None and not llm.tokenizer.chat_template:
+            message = "the model has no chat template: use /v1/completions, or serve it with one"
+            raise ApiError(400, message, param=field)
 
         def check(text: str) -> None:
             self._check_text(len(text), field)
@@ -132,16 +135,24 @@ class Service:
 
     def _check_text(self, length: int, field: str) -> None:
         """What cannot but be too long is not tokenised: megabytes take seconds, others wait."""
-        if self._most_characters is not None and length > self._limit() * self._most_characters:
-            message = f"the prompt has {length} characters, the limit is {self._limit()} tokens"
+        if (
+            self._most_characters is not None
+            and length > self.longest_prompt * self._most_characters
+        ):
+            message = (
+                f"the prompt has {length} characters, the limit is {self.longest_prompt} tokens"
+            )
             raise ApiError(400, f"{message}: shorten it", param=field, code=TOO_LONG)
 
     def _check_length(self, length: int, field: str) -> None:
-        if length > self._limit():
-            message = f"the prompt has {length} tokens, the limit is {self._limit()}: shorten it"
+        if length > self.longest_prompt:
+            message = (
+                f"the prompt has {length} tokens, the limit is {self.longest_prompt}: shorten it"
+            )
             raise ApiError(400, message, param=field, code=TOO_LONG)
 
-    def _limit(self) -> int:
+    @property
+    def longest_prompt(self) -> int:
         """Tokens of the longest prompt."""
         most = self.limits.max_prompt_tokens
         return self._room() - 1 if most is None else min(self._room() - 1, most)

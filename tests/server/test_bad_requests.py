@@ -200,6 +200,15 @@ def test_what_cannot_but_be_too_long_is_not_tokenised(served, llm, monkeypatch, 
     assert not encoded and "the limit is 127 tokens" in error["message"]
 
 
+def test_chat_without_a_template(served, llm, monkeypatch):
+    monkeypatch.setattr(llm.tokenizer, "chat_template", None)
+    body = {"messages": [{"role": "user", "content": "Once"}], "max_tokens": 2}
+    error = refused(served, CHAT, body)
+    assert "no chat template: use /v1/completions" in error["message"]
+    assert error["param"] == "messages"
+    assert served.complete(**good())[0] == 200
+
+
 def test_prompt_and_queue_limits(llm, serve):
     with serve(llm, limits=Limits(max_prompt_tokens=5, max_queue=1)) as served:
         assert served.complete(**good(prompt=[5] * 5))[0] == 200

@@ -69,8 +69,8 @@ def generate(argv: Sequence[str]) -> None:
             print_text(output, header=len(outputs) > 1)
     sys.stdout.flush()  # before the statistics, where both go to one terminal
     if not args.quiet:
-        if args.quantized_on_load:
-            print("note: weights were quantised on load, by round-to-nearest", file=sys.stderr)
+        for note in args.notes:
+            print(f"note: {note}", file=sys.stderr)
         print(format_stats(run), file=sys.stderr)
 
 
@@ -91,19 +91,21 @@ def load(
     args: argparse.Namespace, params: SamplingParams, records: list[tuple[Place, Record]]
 ) -> tuple[LLM, list[list[int]], float]:
     """The LLM, with a cache for these prompts; their token ids; and the seconds that it took,
-    compilation apart. Raises ValueError, naming the place of a prompt that cannot be used."""
+    compilation apart; sets args.notes. Raises ValueError, naming the place of a prompt that cannot
+    be used."""
     loaded, seconds = _cli.load(args)
-    is_float = loaded.format == "float"
-    args.quantized_on_load = is_float and loaded.quant_config.weight_bits < 16
+    args.notes = []
+    if loaded.format == "float" and loaded.quant_config.weight_bits < 16:
+        args.notes.append("weights were quantised on load, by round-to-nearest")
     from qserve_jax.runtime.compile_time import clock
 
     start = clock()
     prompts = [token_ids(place, record, loaded, args) for place, record in records]
     longest = max(map(len, prompts)) + args.max_tokens
     llm = _cli.make_llm(args, loaded, len(prompts) * params.n, longest)
-    if longest > llm.max_model_len and not args.quiet:
+    if longest > llm.max_model_len:
         room = f"completions end where prompt and completion are {llm.max_model_len} tokens"
-        print(f"note: --max-tokens {args.max_tokens}: {room}", file=sys.stderr)
+        args.notes.append(f"--max-tokens {args.max_tokens}: {room}")
     return llm, prompts, seconds + clock() - start
 
 

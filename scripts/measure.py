@@ -26,6 +26,7 @@ from qserve_jax.benchmarks.provenance import ROOT
 RESULTS = ROOT / "docs" / "results"
 BENCH = "python -m qserve_jax.bench"
 MATMULS = f"{BENCH} kernels --save {{into}}/h200_w4a8_matmul.json"
+ATTENTION = f"{BENCH} kernels --op attention --save {{into}}/h200_paged_attention.json"
 MODELS = "--model-shape llama3-8b qwen2.5-7b llama2-7b llama3-70b qwen2.5-72b"
 QSERVE = "--shapes 28672x4096 4096x4096 4096x14336 --tokens 16 64 128 256 1024 4096"
 RANDOM_8B = "--dummy-weights --model-shape llama3-8b"
@@ -54,8 +55,8 @@ PARTS: dict[str, tuple[int, str]] = {
         gpu_tests("w4a8_gpu", "w4a8_layout", "ptx_gpu", "fused_elementwise")),
     "elementwise": (
         60, "python scripts/bench_elementwise.py --output {into}/h200_elementwise.json"),
-    "attention": (
-        120, f"{BENCH} kernels --op attention --save {{into}}/h200_paged_attention.json"),
+    "attention": (120, f"{ATTENTION} --backend mosaic_sm90"),
+    "attention mma": (150, f"{ATTENTION} --backend mosaic_mma"),
     "attention tests": (
         300,
         gpu_tests("decode_gpu", "rope_append", "chunked_prefill", "prefill_attention",

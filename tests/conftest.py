@@ -56,6 +56,19 @@ def _has_gpu() -> bool:
         return False
 
 
+MANY_MAPS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_functions():
+    """Of a process with many: each takes several memory maps, of which Linux gives a process 65 530
+    (vm.max_map_count). XLA aborts where it gets none, which all tests in two processes came to."""
+    yield
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
+        sys.modules["jax"].clear_caches()
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     """The same random numbers in every test and run."""

@@ -27,8 +27,9 @@ PAIRS = ((32, 2), (64, 4), (128, 2), (256, 2))
 """Tokens and k_warpgroups of tiles of 64 channels that two blocks may have together, all tokens in
 one tile. In trials few others with k_blocks were faster, and none of 64 channels by more than 2 %;
 tiles of 128 were, by 5 and 6 % at M = 128, K = 28672 and 29568, where the rules take no pair."""
-GAIN = 0.95
-"""Of the time without k_blocks, at most, for a pair to be taken: the estimates are no better."""
+GAIN = {True: 0.95, False: 0.977}
+"""Of the time without k_blocks, at most, for a pair to be taken, with groups of 128 or per channel:
+so of all trials up to M = 128 the faster is."""
 ROOM = {2: 66, 3: 38, 4: 28}
 """Clusters of so many blocks along K that an H200 ran at once. Each lies in one group of SMs, which
 three and four do not divide: 44 and 32 of them took two rounds."""
@@ -68,7 +69,7 @@ def choose_config(m: int, n: int, k: int, per_group: bool) -> Sm90Config:
     best = _whole_k_config(m, n, k, per_group)
     fitting = [pair for pair in PAIRS if pair[0] >= m][:1]
     pairs = (_with_stages(tokens, 1, shared, m, n, per_group, 2) for tokens, shared in fitting)
-    return min((c for c in pairs if c and us(c) < GAIN * us(best)), key=us, default=best)
+    return min((c for c in pairs if c and us(c) < GAIN[per_group] * us(best)), key=us, default=best)
 
 
 def _whole_k_config(m: int, n: int, k: int, per_group: bool) -> Sm90Config:

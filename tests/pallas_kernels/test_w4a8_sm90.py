@@ -110,8 +110,8 @@ def test_from_17_tokens_on_long_k_goes_to_wgmma(per_group, n, k):
 @every_kind
 @pytest.mark.parametrize("n, k", LONG)
 def test_pairs_of_blocks_have_the_smallest_tile_that_takes_all_tokens(per_group, n, k):
-    """Per channel only at the longest K that has pairs, where they gain enough by the estimate."""
-    pairs = (n, k) in (LONG[:3] if per_group else LONG[1:2])
+    """Per channel up to 64 tokens, where they gain enough by the estimate."""
+    pairs = (n, k) in LONG[:3]
     few, more = Sm90Config(32, 1, 4, 4, 1), None
     if pairs:
         few, more = Sm90Config(32, 1, 2, 8, 1, k_blocks=2), Sm90Config(64, 1, 4, 4, 1, k_blocks=2)
@@ -303,21 +303,24 @@ def test_other_configs_share_k_and_fill_the_sms(per_group, m, n, k, wanted):
 
 
 @pytest.mark.parametrize(
-    "m, n, k, pairs",  # microseconds on an H200 with and without k_blocks, groups of 128
+    "m, n, k, per_group, pairs",  # microseconds on an H200 with and without k_blocks
     [
-        (64, 4096, 14336, (64, 4)),  # 11.5, 14.3
-        (128, 4096, 14336, (128, 2)),  # 15.8, 16.9
-        (128, 3584, 18944, (128, 2)),  # 19.2, 21.0
-        (64, 4096, 4096, (64, 4)),  # 6.0, 6.3
-        (64, 3584, 3584, None),  # 5.8, 5.7
-        (128, 4096, 4096, None),  # 7.4, 7.4
-        (256, 4096, 4096, None),  # 10.4, 9.7
-        (128, 6144, 4096, None),  # 10.5, 9.9
-        (256, 6144, 4096, None),  # 14.5, 13.5
+        (64, 4096, 14336, True, (64, 4)),  # 11.5, 14.3
+        (128, 4096, 14336, True, (128, 2)),  # 15.8, 16.9
+        (128, 3584, 18944, True, (128, 2)),  # 19.2, 21.0
+        (64, 4096, 4096, True, (64, 4)),  # 6.0, 6.3
+        (64, 3584, 3584, True, None),  # 5.8, 5.7
+        (128, 4096, 4096, True, None),  # 7.4, 7.4
+        (256, 4096, 4096, True, None),  # 10.4, 9.7
+        (128, 6144, 4096, True, None),  # 10.5, 9.9
+        (256, 6144, 4096, True, None),  # 14.5, 13.5
+        (32, 4096, 11008, False, (32, 2)),  # 8.6, 9.5
+        (64, 4096, 14336, False, (64, 4)),  # 11.1, 11.7
+        (128, 3584, 18944, False, None),  # 17.2, 16.6
     ],
 )
-def test_pairs_of_blocks_where_they_were_faster(m, n, k, pairs):
-    chosen = sm90_rules.choose_config(m, n, k, True)
+def test_pairs_of_blocks_where_they_were_faster(m, n, k, per_group, pairs):
+    chosen = sm90_rules.choose_config(m, n, k, per_group)
     found = (chosen.tokens, chosen.k_warpgroups) if chosen.k_blocks == 2 else None
     assert found == pairs
     assert found is None or chosen.row_warpgroups == 1

@@ -35,7 +35,7 @@ FLOAT_LAYERS = "--xla_gpu_enable_dynamic_slice_fusion=true --xla_gpu_enable_trit
 """Without, XLA copies the weights of float layers."""
 TESTS = "python scripts/gpu_tests.py --processes 16 --output {into}/gpu_tests_nvidia_h200.json"
 BATCHING = "python scripts/batching_check.py --dummy-weights llama3-8b"
-BATCHING += " --output {into}/h200_batching.json --parts"
+BATCHING += " --output {into}/new_batching.json --parts"
 
 
 def gpu_tests(*names: str) -> str:
@@ -77,7 +77,7 @@ PARTS: dict[str, tuple[int, str]] = {
         60,
         "python scripts/profile_step.py --batch 1 64 256 --output {into}/h200_decode_step.json"),
     "batching": (180, f"{BATCHING} 'pages for all'"),
-    "batching in a small pool": (240, f"{BATCHING} 'small pool'"),
+    "batching in a small pool": (420, f"{BATCHING} 'small pool'"),
     "batching of equal lengths": (150, f"{BATCHING} 'equal lengths'"),
     "batching of prefixes": (60, f"{BATCHING} prefixes"),
 }

@@ -92,7 +92,7 @@ def decode_loop(
     cache: KVCache,
     state: DecodeState,
     num_steps: Array | int,
-    yield_on_finish: Array | bool = False,
+    yield_after: Array | int = 0,
     *,
     max_steps: int,
     features: SamplingFeatures,
@@ -100,7 +100,8 @@ def decode_loop(
 ) -> tuple[KVCache, DecodeState, SampleOutput]:
     """Generate on the device until every row is finished, or for min(num_steps, max_steps) steps.
 
-    yield_on_finish: return as soon as a row finishes, so that the host can give its place away.
+    yield_after: return as soon as so many rows have finished, so that the host can give away their
+      places; 0 for never.
     Returns the cache, the state to go on from, and a SampleOutput whose arrays have a step axis:
     tokens i32[B, max_steps], -1 where a row made none.
 
@@ -121,12 +122,12 @@ def decode_loop(
     )
 
     def unfinished(carry):
-        step, _, state, _, some_finished = carry
-        stop = yield_on_finish & some_finished
+        step, _, state, _, finished = carry
+        stop = (yield_after > 0) & (finished >= yield_after)
         return (step < num_steps) & jnp.any(state.remaining > 0) & ~stop
 
     def one_step(carry):
-        step, cache, state, outputs, _ = carry
+        step, cache, state, outputs, finished = carry
         active = state.remaining > 0
         context_lens = jnp.where(active, state.context_lens + 1, 0)
         cache, logits = decode_step(
@@ -143,9 +144,11 @@ def decode_loop(
         out = out._replace(tokens=jnp.where(active, out.tokens, -1))
         outputs = jax.tree.map(lambda all_, one: all_.at[:, step].set(one), outputs, out)
         state = advance(state, out.tokens, active, appended=1)
-        return step + 1, cache, state, outputs, jnp.any(active & (state.remaining == 0))
+        finished += jnp.sum(active & (state.remaining == 0), dtype=jnp.int32)
+        return step + 1, cache, state, outputs, finished
 
-    carry = (jnp.int32(0), cache, state, outputs, jnp.bool_(False))
+    yield_after = jnp.asarray(yield_after)
+    carry = (jnp.int32(0), cache, state, outputs, jnp.int32(0))
     _, cache, state, outputs, _ = jax.lax.while_loop(unfinished, one_step, carry)
     return cache, state, outputs
 

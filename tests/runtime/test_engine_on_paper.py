@@ -12,7 +12,7 @@ import pytest
 from qserve_jax import LLM, QuantConfig, SamplingParams
 from qserve_jax.benchmarks.dummy import dummy_model
 from qserve_jax.models import ModelConfig
-from qserve_jax.runtime import batch, scheduler
+from qserve_jax.runtime import batch, engine, scheduler
 from qserve_jax.runtime.engine import Engine
 from qserve_jax.runtime.sampling import SampleOutput
 
@@ -77,9 +77,10 @@ class Paper:
                 out[row] = self.choose(table[row], slot, state.stop_ids[row])
         return self.answer(cache, live, out)
 
-    def decode(self, model, params, cache, live, slots, state, steps, yields, *, max_steps, **_):
+    def decode(self, model, params, cache, live, slots, state, steps, after, *, max_steps, **_):
         slots, table = np.asarray(slots), np.asarray(state.block_table)
         stop_ids, out = np.asarray(state.stop_ids), np.full((len(slots), max_steps), -1)
+        finished = 0
         for step in range(steps):
             rows = [r for r, s in enumerate(slots) if s < len(self.left) - 1 and self.left[s] > 0]
             for row in rows:
@@ -88,7 +89,8 @@ class Paper:
                 self.length[slot] += 1
             for row in rows:
                 out[row, step] = self.choose(table[row], slots[row], stop_ids[row])
-            if yields and any(self.left[slots[row]] == 0 for row in rows):
+            finished += sum(self.left[slots[row]] == 0 for row in rows)
+            if after and finished >= after:
                 break
         return self.answer(cache, live, out)
 
@@ -134,6 +136,7 @@ def some_requests(rng: random.Random, page_size: int):
 def small_pieces(monkeypatch):
     monkeypatch.setattr(scheduler, "PIECE", 16)
     monkeypatch.setattr(batch, "CALL_TOKENS", 32)
+    monkeypatch.setattr(engine, "ROWS_PER_PLACE", 3)
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ CANDIDATES = (  # the fastest of each number of rows and tokens; all fit into SH
     MmaConfig(4, 2, 1, 64, 3),
 )
 MORE_STAGES = {MmaConfig(2, 4, 2, 32, 3): MmaConfig(2, 4, 2, 32, 4)}
-"""What fits without scales of groups: 57344 x 8192 in 63 us instead of 82, 10240 x 8192 in 16.4
-instead of 17.2."""
+"""What fits without scales of groups, where K is long: 57344 x 8192 in 63 us instead of 82, 10240 x
+8192 in 16.4 instead of 17.2; but 28672 x 4096 in 19.2 instead of 18.0."""
+LONG_K = 8192
 SMS = 132  # of an H100 or H200 SXM, two blocks on each; elsewhere the choice is only less even
 
 
@@ -29,7 +30,7 @@ def choose_config(m: int, n: int, k: int, per_group: bool) -> MmaConfig:
     tokens = (64, 128) if m > 64 else (max(8, 1 << (m - 1).bit_length()),)
     able = [c for c in CANDIDATES if c.tokens in tokens and c.k_warps * FEATURES <= k]
     config = min(able, key=lambda c: cost(c, m, n))
-    return config if per_group else MORE_STAGES.get(config, config)
+    return config if per_group or k < LONG_K else MORE_STAGES.get(config, config)
 
 
 def cost(config: MmaConfig, m: int, n: int) -> float:

@@ -102,6 +102,7 @@ def test_the_heuristic_fits_every_shape(n, k):
 def test_four_stages_fit_without_scales_of_groups():
     three, four = (mma_rules.choose_config(32, 59136, 8192, x) for x in (True, False))
     assert (three.stages, four.stages) == (3, 4) and dataclasses.replace(four, stages=3) == three
+    assert mma_rules.choose_config(32, 28672, 4096, False) == three  # where they gain nothing
     with pytest.raises(ValueError, match="of shared memory"):
         mma_config.check_config(four, 8192, True)
 

@@ -4,7 +4,8 @@
 
 `make test` runs them on a CPU; what must hold on every device is shown on a GPU by the same tests.
 Writes docs/results/gpu_tests_<device>.json after each of the two sets (of the first alone where
-TESTS are given): each test file's counts, and the commit. Files that did not run keep theirs.
+TESTS are given): each test file's counts, the commit, and hashes of the kernels' code. Files that
+did not run keep theirs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 import jax
 
-from qserve_jax.benchmarks.provenance import ROOT, provenance
+from qserve_jax.benchmarks.provenance import OPS, ROOT, kernels, provenance
 
 EVERYWHERE = (
     "tests/quantization/test_numerics.py",
@@ -77,7 +78,7 @@ def main() -> int:
         for number, (expression, tests, flags) in enumerate(SETS[:1] if args.tests else SETS):
             xml = Path(folder) / f"{number}.xml"
             codes.append(run_tests(expression, args.tests or tests, flags, args.processes, xml))
-            here = {"commit": found["commit"]}
+            here = {"commit": found["commit"], "kernels": {op: kernels(op) for op in OPS}}
             ran = {name: {**count, **here} for name, count in counts(Path(folder)).items()}
             # After each set: the next may be interrupted.
             content = {**found, "files": dict(sorted({**known, **ran}.items()))}

@@ -100,11 +100,13 @@ def run_part(command: str, seconds: float, into: Path) -> str:
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(words, cwd=ROOT, env=env, start_new_session=True)
     try:
-        code = process.wait(max(seconds, 0))
+        code = process.wait(seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
         return f"stopped after {seconds:.0f} s"
+    finally:  # whatever it was that ended this: nobody else would stop what holds the GPU
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     return "done" if code == 0 else f"failed with exit code {code}"
 
 
@@ -125,12 +127,24 @@ def main() -> int:
         parser.error(f"{unknown[0]!r} is no part: choose from {', '.join(map(repr, PARTS))}")
     if not args.parts or args.into is None:
         parser.error("name PARTs and --into FOLDER, or see --list")
+    if not args.seconds > 0:
+        parser.error(f"--seconds {args.seconds:g} must be more than 0")
     into = args.into.resolve()
-    copy_results(into)
+    try:
+        copy_results(into)
+    except OSError as error:
+        parser.error(
+            f"--into {args.into} is no folder to write to ({error.strerror}): name another"
+        )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     end, ends = time.monotonic() + args.seconds, {}
     for name in args.parts:
         seconds, command = PARTS[name]
         started = time.monotonic()
+        if started >= end:
+            ends[name] = "no time left"
+            print(f"== {name}: {ends[name]}")
+            continue
         print(f"== {name}", flush=True)
         ends[name] = run_part(command, min(seconds, end - started), into)
         print(f"== {name}: {ends[name]}, {time.monotonic() - started:.0f} s", flush=True)

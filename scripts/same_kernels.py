@@ -24,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -122,18 +123,19 @@ def pages(case: attention_cases.Case, layers: int | None = None) -> Shape:
 def decode(row: Row) -> str:
     case = case_of(row, tuple(row.get("lengths") or (row["ctx"],) * row["b"]))
     batch, full = case.batch, row["attends"] == "full"
-    # Seen by this row's trace, as no other row has the same shapes.
-    mosaic_decode.choose_config = lambda p, *, clusters: DecodeConfig(**row["config"])
+    config = DecodeConfig(**row["config"])
 
     def run(pages: Any, q: Any, new: Any, table: Any, lens: Any, order: Any, layer: Any) -> Any:
         more = {"new_k": new[0], "new_v": new[1]} if full else {}
         more |= {"attends": row["attends"], "order": order, "backend": row["backend"]}
         cache = KVCache(pages, case.kv_bits, case.head_dim)
-        return paged_attention(q, cache, table, lens[0], query_lens=lens[1], layer=layer, **more)
+        with mock.patch.object(mosaic_decode, "choose_config", lambda p, *, clusters: config):
+            more |= {"query_lens": lens[1], "layer": layer}
+            return paged_attention(q, cache, table, lens[0], **more)
 
     q, new = normals(batch, case.heads, case.head_dim), normals(batch, case.kv_heads, case.head_dim)
     table, lens = integers(batch, max(case.pages)), integers(batch)
-    order = lens if "lengths" in row else None
+    order = lens if row.get("ordered", "lengths" in row) else None
     return digest(run, pages(case), q, (new, new), table, (lens, lens), order, integers())
 
 

@@ -92,7 +92,7 @@ def decode_loop(
     cache: KVCache,
     state: DecodeState,
     num_steps: Array | int,
-    yield_after: Array | int = 0,
+    yield_idle: Array | int | None = None,
     *,
     max_steps: int,
     features: SamplingFeatures,
@@ -100,8 +100,8 @@ def decode_loop(
 ) -> tuple[KVCache, DecodeState, SampleOutput]:
     """Generate on the device until every row is finished, or for min(num_steps, max_steps) steps.
 
-    yield_after: return as soon as so many rows have finished, so that the host can give away their
-      places; 0 for never.
+    yield_idle: return as soon as so many of the B rows are idle, but not before the first step, so
+      that the host can give away their places. Default, and more than B: go on.
     Returns the cache, the state to go on from, and a SampleOutput whose arrays have a step axis:
     tokens i32[B, max_steps], -1 where a row made none.
 
@@ -122,12 +122,13 @@ def decode_loop(
     )
 
     def unfinished(carry):
-        step, _, state, _, finished = carry
-        stop = (yield_after > 0) & (finished >= yield_after)
+        step, _, state, _ = carry
+        idle = jnp.sum(state.remaining <= 0)
+        stop = (step > 0) & (idle >= enough)
         return (step < num_steps) & jnp.any(state.remaining > 0) & ~stop
 
     def one_step(carry):
-        step, cache, state, outputs, finished = carry
+        step, cache, state, outputs = carry
         active = state.remaining > 0
         context_lens = jnp.where(active, state.context_lens + 1, 0)
         cache, logits = decode_step(
@@ -144,12 +145,11 @@ def decode_loop(
         out = out._replace(tokens=jnp.where(active, out.tokens, -1))
         outputs = jax.tree.map(lambda all_, one: all_.at[:, step].set(one), outputs, out)
         state = advance(state, out.tokens, active, appended=1)
-        finished += jnp.sum(active & (state.remaining == 0), dtype=jnp.int32)
-        return step + 1, cache, state, outputs, finished
+        return step + 1, cache, state, outputs
 
-    yield_after = jnp.asarray(yield_after)
-    carry = (jnp.int32(0), cache, state, outputs, jnp.int32(0))
-    _, cache, state, outputs, _ = jax.lax.while_loop(unfinished, one_step, carry)
+    enough = batch + 1 if yield_idle is None else yield_idle
+    carry = (jnp.int32(0), cache, state, outputs)
+    _, cache, state, outputs = jax.lax.while_loop(unfinished, one_step, carry)
     return cache, state, outputs
 
 

@@ -166,6 +166,15 @@ def test_the_order_of_rows_changes_no_bit(emulated, rng, monkeypatch):
         np.testing.assert_array_equal(emulated(case, "mosaic_sm90", DecodeConfig(3)), out)
 
 
+def test_the_order_says_which_rows_are_computed(emulated, rng, monkeypatch):
+    """So two rows again and again leave the others as they were, full of NaN."""
+    monkeypatch.setattr(mosaic_decode, "SMS", 0)
+    case = make_case(rng, [130, 0, 65, 700], h=64)
+    case.arguments["order"] = jnp.asarray([3, 1, 3, 1], jnp.int32)
+    out = np.asarray(emulated(case, "mosaic_sm90", DecodeConfig(3)), np.float32)
+    assert np.isnan(out[[0, 2]]).all() and np.isfinite(out[[1, 3]]).all()
+
+
 @pytest.mark.parametrize(
     "layer, is_read", [(-1, 1), (2, 1), (2**31 - 1, 1), (-3, 0), (-(2**31), 0)]
 )

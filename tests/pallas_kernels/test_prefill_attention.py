@@ -152,8 +152,8 @@ def lower(b, t, heads, kv_heads, head_dim, bits, width, attends="full", name="mo
 
 @pytest.mark.parametrize("heads, kv_heads, head_dim", SHAPES)
 def test_lowers_for_cuda(heads, kv_heads, head_dim):
-    for bits, attends, name in [(4, "full", "mosaic_sm90"), (8, "quantized", "mosaic_mma")]:
-        text = lower(2, 1024, heads, kv_heads, head_dim, bits, 128, attends, name).as_text()
+    for bits, attends in [(4, "full"), (8, "quantized")]:
+        text = lower(2, 1024, heads, kv_heads, head_dim, bits, 128, attends, "mosaic_mma").as_text()
         assert text.count("custom_call @mosaic_gpu") == 1
 
 
@@ -261,7 +261,7 @@ def test_on_a_gpu(gpu, heads, kv_heads, head_dim, bits, attends, rng):
         with jax.default_device(jax.devices("cpu")[0]):  # where it compiles in no time
             options = {"attends": attends, "window": window}
             expected = made.call(run, q_dtype=jnp.float32, backend="reference", **options)
-        found = made.call(run, attends=attends, window=window, backend="mosaic_sm90")
+        found = made.call(run, attends=attends, window=window, backend="mosaic_mma")
         assert bool(jnp.isfinite(found).all())
         assert worst_error(found, expected, made.query_lens) < 2.5e-3
 
@@ -269,9 +269,9 @@ def test_on_a_gpu(gpu, heads, kv_heads, head_dim, bits, attends, rng):
 @pytest.mark.gpu
 def test_repeated_launches_on_a_gpu(gpu, rng):
     made = make_case(rng, [900, 300], [500, 300], 32, 8, 128, 4, "bfloat16")
-    first = np.asarray(made.call(run, backend="mosaic_sm90"))
+    first = np.asarray(made.call(run, backend="mosaic_mma"))
     for _ in range(100):
-        np.testing.assert_array_equal(made.call(run, backend="mosaic_sm90"), first)
+        np.testing.assert_array_equal(made.call(run, backend="mosaic_mma"), first)
 
 
 @pytest.mark.gpu
@@ -283,7 +283,7 @@ def test_fresh_prompts_on_a_gpu(gpu, window, rng):
     # numpy's nan_to_num leaves bfloat16 as it is.
     made.new_k, made.new_v = (np.where(np.isnan(x), 0, x) for x in (made.new_k, made.new_v))
     options = {"window": window}
-    found = made.call(run, backend="mosaic_sm90", **options)
+    found = made.call(run, backend="mosaic_mma", **options)
     expected = made.call(run, q_dtype=jnp.float32, backend="reference", **options)
     plain = plain_error(made, expected, window)
     assert worst_error(found, expected, made.query_lens) < max(2.5e-3, 2 * plain)

@@ -32,7 +32,7 @@ PROMPTS = np.random.default_rng(2).integers(0, 64, (3, 16)).astype(np.int32)
 SAMPLING, FEATURES = make_sampling_state(ROWS, [1, 2, 3], pad_to=3)
 
 
-def pipeline(params, cache, state, num_steps, yield_after):
+def pipeline(params, cache, state, num_steps, yield_idle):
     """A caller's own function around the loop."""
     cache, state, out = decode_loop(
         MODEL,
@@ -40,7 +40,7 @@ def pipeline(params, cache, state, num_steps, yield_after):
         cache,
         state,
         num_steps,
-        yield_after,
+        yield_idle,
         max_steps=MAX_STEPS,
         features=FEATURES,
     )
@@ -85,21 +85,21 @@ def prefilled(params):
 @pytest.fixture(scope="module")
 def loop(params):
     """The compiled pipeline, its cache donated."""
-    arguments = (params, empty_cache(), start_state(), jnp.int32(0), jnp.int32(0))
+    arguments = (params, empty_cache(), start_state(), jnp.int32(0), jnp.int32(9))
     return jax.jit(pipeline, donate_argnums=1).lower(*arguments).compile()
 
 
 @pytest.fixture
 def run(loop, params, prefilled):
-    """run(num_steps=8, yield_after=0, cache=None, **changes of the state)."""
+    """run(num_steps=8, yield_idle=9, cache=None, **changes of the state)."""
     pages, first_state, _ = prefilled
 
-    def run(num_steps=MAX_STEPS, yield_after=0, cache=None, state=first_state, **changes):
+    def run(num_steps=MAX_STEPS, yield_idle=9, cache=None, state=first_state, **changes):
         cache = KVCache(jnp.array(pages), 4, 16) if cache is None else cache
         state = dataclasses.replace(
             state, **{k: jnp.asarray(v, jnp.int32) for k, v in changes.items()}
         )
-        return loop(params, cache, state, jnp.int32(num_steps), jnp.int32(yield_after))
+        return loop(params, cache, state, jnp.int32(num_steps), jnp.int32(yield_idle))
 
     return run
 
@@ -216,10 +216,10 @@ def test_stop_ids(run, free_run):
     np.testing.assert_array_equal(out.tokens[2, :steps], free_run[2, :steps])
 
 
-def test_yield_after_a_row_and_going_on(run, free_run):
+def test_yield_and_going_on(run, free_run):
     stop, steps = stop_after(free_run[2], 2)
     stop_ids = [[-1, -1], [-1, -1], [stop, -1]]
-    cache, state, out, made = run(yield_after=1, stop_ids=stop_ids)
+    cache, state, out, made = run(yield_idle=2, stop_ids=stop_ids)  # row 1 is idle already
     np.testing.assert_array_equal(made, [steps, 0, steps])
     np.testing.assert_array_equal(state.remaining > 0, [True, False, False])
     _, state, rest, made = run(MAX_STEPS - steps, cache=cache, state=state)
@@ -228,10 +228,15 @@ def test_yield_after_a_row_and_going_on(run, free_run):
     np.testing.assert_array_equal(together, free_run[0])
 
 
-@pytest.mark.parametrize("after, steps", [(0, 6), (1, 3), (2, 4), (3, 6)])
-def test_yield_after_some_rows(run, after, steps):
-    *_, made = run(yield_after=after, remaining=[3, 4, 6])
+@pytest.mark.parametrize("idle, steps", [(0, 1), (1, 3), (2, 4), (3, 6), (9, 6)])
+def test_yields_when_so_many_rows_are_idle(run, idle, steps):
+    *_, made = run(yield_idle=idle, remaining=[3, 4, 6])
     np.testing.assert_array_equal(made, np.minimum([3, 4, 6], steps))
+
+
+def test_a_step_is_made_where_enough_rows_are_idle(run):
+    *_, made = run(yield_idle=2, remaining=[0, 0, 6])
+    np.testing.assert_array_equal(made, [0, 0, 1])
 
 
 def test_idle_rows_leave_the_cache_alone(run, prefilled):

@@ -77,10 +77,9 @@ class Paper:
                 out[row] = self.choose(table[row], slot, state.stop_ids[row])
         return self.answer(cache, live, out)
 
-    def decode(self, model, params, cache, live, slots, state, steps, after, *, max_steps, **_):
+    def decode(self, model, params, cache, live, slots, state, steps, idle, *, max_steps, **_):
         slots, table = np.asarray(slots), np.asarray(state.block_table)
         stop_ids, out = np.asarray(state.stop_ids), np.full((len(slots), max_steps), -1)
-        finished = 0
         for step in range(steps):
             rows = [r for r, s in enumerate(slots) if s < len(self.left) - 1 and self.left[s] > 0]
             for row in rows:
@@ -89,8 +88,8 @@ class Paper:
                 self.length[slot] += 1
             for row in rows:
                 out[row, step] = self.choose(table[row], slots[row], stop_ids[row])
-            finished += sum(self.left[slots[row]] == 0 for row in rows)
-            if after and finished >= after:
+            going_on = sum(self.left[slots[row]] > 0 for row in rows)
+            if len(slots) - going_on >= idle:
                 break
         return self.answer(cache, live, out)
 
@@ -136,7 +135,7 @@ def some_requests(rng: random.Random, page_size: int):
 def small_pieces(monkeypatch):
     monkeypatch.setattr(scheduler, "PIECE", 16)
     monkeypatch.setattr(batch, "CALL_TOKENS", 32)
-    monkeypatch.setattr(engine, "ROWS_PER_PLACE", 3)
+    monkeypatch.setattr(engine, "SEQUENCES_PER_PLACE", 3)
 
 
 @pytest.fixture
@@ -402,3 +401,19 @@ def test_who_is_cancelled_within_the_last_step_goes(loaded):
     llm.engine.add([one, other])
     llm.engine.run_until(lambda: one.done)
     assert llm.engine.idle and llm.pool.free_pages == 22
+
+
+@pytest.mark.parametrize("short, most", [(1, 70), (2, 80)])
+def test_who_waits_gets_places_that_are_free_already(loaded, short, most):
+    """Those of sequences that end with prefill, or ended in the call before. The long ones wait
+    behind short ones; where only places count that become free in a call, it takes 122 and 150."""
+    llm = LLM(loaded, num_pages=64, max_model_len=160, max_num_seqs=9)
+    Paper(llm)
+    params = [SamplingParams(max_tokens=short if i % 9 else 60, ignore_eos=True) for i in range(54)]
+    llm.generate([[i] for i in range(54)], params)
+    assert llm.stats.decode_steps <= most
+
+
+def test_places_are_no_more_than_pages(loaded):
+    llm = LLM(loaded, num_pages=8, max_num_seqs=10**9)
+    assert llm.engine.max_num_seqs == 8

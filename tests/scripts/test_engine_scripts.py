@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from qserve_jax import QuantConfig
+from qserve_jax.benchmarks import provenance
 from qserve_jax.benchmarks.dummy import dummy_model
 from qserve_jax.models import CausalLM, ModelConfig
 from qserve_jax.runtime.perplexity import perplexity
@@ -334,7 +335,8 @@ def test_gpu_tests_that_did_not_run_keep_their_commit(script, monkeypatch, tmp_p
     monkeypatch.setattr(gpu_tests, "provenance", lambda: found)
     monkeypatch.setattr(sys, "argv", ["gpu_tests", "tests/a.py", "--output", str(result)])
     assert gpu_tests.main() == 1
-    a = {"passed": 1, "failure": 1, "commit": "new"}
+    kernels = {op: provenance.kernels(op) for op in ("matmul", "attention")}
+    a = {"passed": 1, "failure": 1, "commit": "new", "kernels": kernels}
     assert json.loads(result.read_text()) == {
         **found,
         "files": {"tests.a": a, "tests.b": {"passed": 1}},

@@ -1,7 +1,9 @@
 """Parts of the measurements: their commands are ones that exist, and end in time."""
 
+import os
 import shlex
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -62,9 +64,31 @@ def test_parts_go_on_in_a_copy_and_are_stopped(tmp_path, monkeypatch, capfd):
     [
         (["nothing", "--into", "x"], "'nothing' is no part: choose from"),
         (["72b"], "name PARTs and"),
+        (["72b", "--into", "x", "--seconds", "nan"], "--seconds nan must be more than 0"),
+        (["72b", "--into", __file__], "is no folder to write to (File exists): name another"),
     ],
 )
 def test_wrong_flags(argv, words, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, *argv)
     assert words in capsys.readouterr().err
+
+
+def test_what_stops_it_stops_the_part(tmp_path, monkeypatch):
+    """Its command is in a process group of its own, which no Ctrl-C reaches."""
+    pid = tmp_path / "pid"
+    code = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+
+    class Interrupted(measure.subprocess.Popen):
+        def wait(self, timeout=None):
+            if timeout is None:
+                return super().wait()
+            while not pid.exists() or not pid.read_text():
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure.subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure.run_part(f'python -c "{code}"', 60, tmp_path)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)

@@ -57,6 +57,10 @@ PARTS: dict[str, tuple[int, str]] = {
         60, "python scripts/bench_elementwise.py --output {into}/h200_elementwise.json"),
     "attention": (120, f"{ATTENTION} --backend mosaic_sm90"),
     "attention mma": (150, f"{ATTENTION} --backend mosaic_mma"),
+    "attention sanitizer": (
+        130, "python scripts/sanitize_kernels.py --seconds 120 --cases attention"),
+    "prefill sanitizer": (
+        130, "python scripts/sanitize_kernels.py --seconds 120 --cases bits"),
     "attention tests": (
         300,
         gpu_tests("decode_gpu", "rope_append", "chunked_prefill", "prefill_attention",

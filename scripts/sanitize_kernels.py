@@ -128,30 +128,36 @@ def elementwise_cases(rng: np.random.Generator) -> dict[str, tuple[Callable, tup
 
 
 def attention_cases(rng: np.random.Generator) -> dict[str, tuple[Callable, tuple, Any]]:
-    """Rings that go round several times, and rows that end in them."""
+    """Rings that go round several times, and rows that end in them; again with the new tokens as
+    they are, a window and the second of two layers."""
     lens, h, pages = np.array([330, 0, 65]), 64, 9
     k, v = jnp.asarray(rng.standard_normal((2, pages * 64, 2, h)), jnp.bfloat16)
     q = jnp.asarray(rng.standard_normal((3, 1, 8, h)), jnp.float32)
     table = jnp.asarray(rng.permutation(pages)[[[0, 1, 2, 3, 4, 5], [8] * 6, [6, 7] + [8] * 4]])
     table, lengths = table.astype(jnp.int32), jnp.asarray(lens, jnp.int32)
-    static: dict[str, Any] = {"new_k": None, "new_v": None, "attends": "quantized"}
-    static |= {"layer": None, "sm_scale": None, "window": None, "softcap": None, "order": None}
+    sides = jnp.asarray(rng.standard_normal((2, 3, 1, 2, h)), jnp.bfloat16)
+    static: dict[str, Any] = {"sm_scale": None, "softcap": None, "order": None}
+    quantized = {"attends": "quantized", "layer": None, "window": None}
+    full = {"attends": "full", "layer": 1, "window": 100}
     cases = {}
     for name, (decode, bits, config) in ATTENTION.items():
         words = 64 * (2 * h * bits // 8 + 8) // 4
         empty = jnp.zeros((pages, 2, 2, 64, h), jnp.bfloat16)
         empty = empty if bits == 16 else jnp.zeros((pages, 2, words), jnp.int32)
         cache = append_kv(KVCache(empty, bits, h), k, v, jnp.arange(pages * 64))
+        two = KVCache(jnp.stack([jnp.zeros_like(cache.pages), cache.pages]), bits, h)
+        for kind, pool, new, how in (
+            ("", cache, (None, None), quantized),
+            (", full", two, tuple(sides), full),
+        ):
 
-        def run(q: Any, cache: Any, table: Any, lens: Any, decode=decode, config=config) -> Any:
-            ones = jnp.minimum(lens, 1)
-            return decode(q, cache, table, lens, **static, query_lens=ones, config=config)
+            def run(q: Any, pool: Any, new: Any, decode=decode, config=config, how=how) -> Any:
+                more = {"new_k": new[0], "new_v": new[1], "query_lens": jnp.minimum(lengths, 1)}
+                return decode(q, pool, table, lengths, **more, **how, **static, config=config)
 
-        cases[f"attention, {name}"] = (
-            run,
-            (q, cache, table, lengths),
-            paged_attention(q, cache, table, lengths, attends="quantized", backend="reference"),
-        )
+            more = {"new_k": new[0], "new_v": new[1], **how}
+            expected = paged_attention(q, pool, table, lengths, **more, backend="reference")
+            cases[f"attention, {name}{kind}"] = (run, (q, pool, new), expected)
     return cases
 
 

@@ -17,7 +17,6 @@ prefill          us of fresh prompts, attended as stored in 4-bit pages or "full
 from __future__ import annotations
 
 import csv
-import importlib
 import io
 import json
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from typing import Any
 
 from qserve_jax.benchmarks.attention import LISTS
 from qserve_jax.benchmarks.ceilings import memory_ceiling
+from qserve_jax.benchmarks.plot import Curves, draw
 from qserve_jax.benchmarks.report import RATES, Report, are_numbers, commits
 
 TITLES = {"append": "RoPE and append", "prefill": "prefill", "chunked_prefill": "chunked prefill"}
@@ -132,31 +132,23 @@ FORMATS: dict[str, Callable[[Report], str]] = {
 }
 
 
-def curves(report: Report) -> dict[str, list[tuple[int, float]]]:
-    """For each backend, model size and bits: (tokens in the cache, share), rising."""
-    found: dict[str, list[tuple[int, float]]] = {}
+def curves(report: Report) -> dict[str, Curves]:
+    """For each backend and bits, for each model size: (MB read, share), rising."""
+    panels: dict[str, Curves] = {}
     for row, shown in zip(report["rows"], decode_rows(report), strict=True):
         if row.get("attends") == "quantized" and "ctx" in row:
+            found = panels.setdefault(f"{row.get('backend')}, KV{row['kv_bits']}", {})
             sizes = f"{row['heads']}/{row['kv_heads']}/{row['head_dim']}"
-            label = f"{row.get('backend')} {sizes} KV{row['kv_bits']}"
-            found.setdefault(label, []).append((row["b"] * row["ctx"], shown["share"]))
-    return {label: sorted(points) for label, points in found.items()}
+            megabytes = row["gbps"] * row["us"] / 1e3
+            found.setdefault(sizes, []).append((megabytes, shown["share"]))
+    return {
+        panel: {sizes: sorted(points) for sizes, points in panels[panel].items()}
+        for panel in sorted(panels)
+    }
 
 
 def plot(report: Report, path: Path) -> None:
-    """Shares of the memory ceiling, as a picture. Raises ValueError where there are no rows."""
-    found = curves(report)
-    if not found:
-        raise ValueError(f"there is no row to plot into {path}: measure some first")
-    figure = importlib.import_module("matplotlib.figure").Figure(
-        figsize=(9, 5), layout="constrained"
-    )
-    ax: Any = figure.subplots()
-    for label, points in found.items():
-        ax.plot(*zip(*points, strict=True), marker="o", label=label)
-    ax.set(xlabel="tokens in the cache, all sequences", ylabel="share of the memory ceiling")
-    ax.set(ylim=(0, 1.05), title=f"decode attention on {report['device']}")
-    ax.set_xscale("log", base=2)
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize="x-small")
-    figure.savefig(path)
+    """As `draw`: shares of the memory ceiling, over what is read."""
+    panels = curves(report)
+    labels = dict.fromkeys(panels, ("MB read", "share of the memory ceiling"))
+    draw(f"Decode attention on {report['device']}", panels, labels, path, line="none")

@@ -1,17 +1,21 @@
-"""The roofline: which share of the ceiling that binds a kernel reaches, over M."""
+"""Pictures of benchmarks: panels of curves, and the matmul's share of the ceiling that binds it."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qserve_jax.benchmarks.ceilings import roofline_share
 from qserve_jax.benchmarks.report import Report
 
-Panel = tuple[str, int]
-"""A backend and a group size."""
+Curves = dict[str, list[tuple[float, float]]]
+"""For each label: (x, y), x rising."""
+FEW = 10
+"""Curves that colours of their own, and a legend within the panel, can tell apart."""
 
 
 def can_plot() -> bool:
@@ -19,34 +23,57 @@ def can_plot() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def roofline_curves(report: Report) -> dict[Panel, dict[str, list[tuple[int, float]]]]:
+def draw(
+    title: str,
+    panels: dict[str, Curves],
+    labels: Mapping[str, tuple[str, str]],
+    path: Path,
+    *,
+    line: str = "-",
+) -> None:
+    """Write a picture in the format of the suffix. Raises ValueError where there are no panels.
+
+    labels: of the axes of each panel. line: "none" for points alone.
+    """
+    if not panels:
+        raise ValueError(f"there is no row to plot into {path}: measure some first")
+    many = any(len(curves) > FEW for curves in panels.values())
+    columns = math.ceil(len(panels) ** 0.5)
+    rows = math.ceil(len(panels) / columns)
+    figure = importlib.import_module("matplotlib.figure").Figure(
+        figsize=((7.5 if many else 6) * columns, 4.5 * rows), layout="constrained"
+    )
+    for index, (name, curves) in enumerate(panels.items()):
+        ax: Any = figure.add_subplot(rows, columns, index + 1)
+        if len(curves) > FEW:
+            colors = importlib.import_module("matplotlib").colormaps["turbo"]
+            ax.set_prop_cycle(color=[colors(i / len(curves)) for i in range(len(curves))])
+        for label, points in curves.items():
+            ax.plot(*zip(*points, strict=True), linestyle=line, marker="o", label=label)
+        ax.set(title=name, xlabel=labels[name][0], ylabel=labels[name][1])
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set_ylim(bottom=0)
+        ax.grid(alpha=0.3)
+        beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}
+        ax.legend(fontsize="small", **beside)
+    figure.suptitle(title)
+    figure.savefig(path)
+
+
+def roofline_curves(report: Report) -> dict[str, Curves]:
     """For each backend and group size, for each "N x K": (M, share), M rising."""
-    panels: dict[Panel, dict[str, list[tuple[int, float]]]] = {}
-    for row in sorted(report["rows"], key=lambda row: row["m"]):
-        curves = panels.setdefault((row["backend"], row["group_size"]), {})
+    panels: dict[str, Curves] = {}
+    for row in sorted(report["rows"], key=lambda row: (row["backend"], row["m"])):
+        kind = "per channel" if row["group_size"] == -1 else f"groups of {row['group_size']}"
+        curves = panels.setdefault(f"{row['backend']}, {kind}", {})
         share, _ = roofline_share(row, report["ceilings"])
-        curves.setdefault(f"{row['n']}x{row['k']}", []).append((row["m"], share))
+        curves.setdefault(f"{row['n']} x {row['k']}", []).append((row["m"], share))
     return panels
 
 
 def plot_roofline(report: Report, path: Path) -> None:
-    """Write a picture in the format of the suffix. Raises ValueError where there are no rows."""
+    """As `draw`: shares of the ceiling that binds, over M."""
     panels = roofline_curves(report)
-    if not panels:
-        raise ValueError(f"there is no row to plot into {path}: measure some first")
-    figure = importlib.import_module("matplotlib.figure").Figure(
-        figsize=(6 * len(panels), 4.5), layout="constrained"
-    )
-    axes: Any = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for ax, ((backend, group_size), curves) in zip(axes, panels.items(), strict=True):
-        for label, points in curves.items():
-            ax.plot(*zip(*points, strict=True), marker="o", label=label)
-        kind = "per channel" if group_size == -1 else f"group size {group_size}"
-        ax.set(title=f"{backend}, {kind}", xlabel="M (tokens)", ylim=(0, 1.05))
-        ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter("{x:.0f}")
-        ax.grid(alpha=0.3)
-        ax.legend(title="N x K", fontsize="small")
-    axes[0].set_ylabel("share of the ceiling that binds")
-    figure.suptitle(f"W4A8 matmul on {report['device']}")
-    figure.savefig(path)
+    labels = dict.fromkeys(panels, ("M (tokens)", "share of the ceiling that binds"))
+    draw(f"W4A8 matmul on {report['device']}: N x K", panels, labels, path)

@@ -22,12 +22,12 @@ another commit is measured again when its turn comes.
 from __future__ import annotations
 
 import csv
-import importlib
 import io
 import json
 from pathlib import Path
 from typing import Any
 
+from qserve_jax.benchmarks.plot import Curves, draw
 from qserve_jax.benchmarks.provenance import provenance
 
 Row = dict[str, Any]
@@ -113,13 +113,13 @@ def as_csv(rows: list[Row]) -> str:
     return out.getvalue().rstrip("\n")
 
 
-def curves(rows: list[Row]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+def curves(rows: list[Row]) -> dict[str, Curves]:
     """Panels of curves: for each protocol, for each model and precision, (x, y), x rising.
 
     Throughput and decoding: tokens/s over the batch. Latency: median time to the first token (ms)
     over the rate.
     """
-    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    panels: dict[str, Curves] = {}
     for row in rows:
         if row.get("tokens_per_s") is None:
             continue
@@ -145,22 +145,5 @@ AXES = {
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Write a picture in the format of the suffix. Raises ValueError where there are no rows."""
-    panels = curves(report["rows"])
-    if not panels:
-        raise ValueError(f"there is no row to plot into {path}: measure some first")
-    figure = importlib.import_module("matplotlib.figure").Figure(
-        figsize=(6 * len(panels), 4.5), layout="constrained"
-    )
-    axes: Any = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, (name, lines) in zip(axes, panels.items(), strict=True):
-        for label, points in lines.items():
-            ax.plot(*zip(*points, strict=True), marker="o", label=label)
-        ax.set(title=name, xlabel=AXES[name][0], ylabel=AXES[name][1])
-        ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter("{x:g}")
-        ax.set_ylim(bottom=0)
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize="small")
-    figure.suptitle(f"Serving on {report['device']}")
-    figure.savefig(path)
+    """As `draw`: a panel for each benchmark."""
+    draw(f"Serving on {report['device']}", curves(report["rows"]), AXES, path)

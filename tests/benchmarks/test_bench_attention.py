@@ -143,7 +143,8 @@ def test_rows_and_resumption(small_cache, monkeypatch):
     assert "kernels" not in text and "commit" not in text[20:]
     assert "chunked prefill" in text and "| 3-65 |" in text
     assert len(attention_report.comma_separated(report).splitlines()) == 4
-    assert list(attention_report.curves(report)) == ["reference 4/2/64 KV4"]
+    ((panel, drawn),) = attention_report.curves(report).items()
+    assert (panel, list(drawn)) == ("reference, KV4", ["4/2/64"])
     assert attention_report.is_attention(report)
 
 

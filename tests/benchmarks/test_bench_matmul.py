@@ -364,7 +364,7 @@ def test_roofline_curves(tmp_path):
     rows = [ROW | {"m": m, "tops": tops} for m, tops in ((64, 1200.0), (16, 40.0))]
     found = make_report(rows=rows)
     assert plot.roofline_curves(found) == {
-        ("mosaic_sm90", -1): {"4096x128": [(16, 0.5), (64, 0.75)]}
+        "mosaic_sm90, per channel": {"4096 x 128": [(16, 0.5), (64, 0.75)]}
     }
     with pytest.raises(ValueError, match="there is no row to plot"):
         plot.plot_roofline(make_report(), tmp_path / "p.png")

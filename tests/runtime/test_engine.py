@@ -440,3 +440,21 @@ def test_a_backend_that_cannot_run_is_refused_at_once():
     with pytest.raises(ValueError, match="'mosaic_mma' cannot run: mosaic_mma needs an NVIDIA"):
         LLM(DEMO, backend="mosaic_mma")
     LLM(DEMO, backend="auto", max_model_len=32, num_pages=1)
+
+
+def test_the_cache_is_donated_to_every_call(llm):
+    llm.generate([[5, 6]], SamplingParams(max_tokens=2))
+    before = llm.engine._cache.pages
+    llm.generate([[5, 6]], SamplingParams(max_tokens=2))
+    assert before.is_deleted() and not llm.engine._cache.pages.is_deleted()
+
+
+def test_every_token_is_read_as_the_cache_stores_it_by_default(exact):
+    assert LLM(exact, max_model_len=64, num_pages=2).attends == "quantized"
+
+
+def test_the_status_is_logged(exact, caplog):
+    llm = LLM(exact, max_model_len=64, num_pages=2)
+    with caplog.at_level("INFO", "qserve_jax.engine"):
+        llm.generate([[5, 6]], SamplingParams(max_tokens=2))
+    assert any("running" in line and "pages " in line for line in caplog.messages)

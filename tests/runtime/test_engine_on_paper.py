@@ -417,3 +417,14 @@ def test_who_waits_gets_places_that_are_free_already(loaded, short, most):
 def test_places_are_no_more_than_pages(loaded):
     llm = LLM(loaded, num_pages=8, max_num_seqs=10**9)
     assert llm.engine.max_num_seqs == 8
+
+
+def test_thousands_may_wait(loaded):
+    """All get their tokens, places and pages come back,."""
+    llm = LLM(loaded, num_pages=40, max_model_len=160, max_num_seqs=16)
+    Paper(llm)
+    prompts = [[i % 256] for i in range(2000)]
+    params = [SamplingParams(max_tokens=1 + i % 5, ignore_eos=True) for i in range(2000)]
+    outputs = llm.generate(prompts, params)
+    assert [len(o.token_ids) for o in outputs] == [p.max_tokens for p in params]
+    assert llm.pool.free_pages == 40 and llm.engine.idle

@@ -63,7 +63,10 @@ def check(script, monkeypatch):
 
 @pytest.mark.slow
 def test_batching_check(check, tmp_path):
-    loaded, settings = dummy_model(TINY, QuantConfig()), check.Settings(16, 60, 60, 8, 0.0, 128)
+    loaded, settings = (
+        dummy_model(TINY, QuantConfig()),
+        check.Settings(16, 60, 60, 8, 0.0, 128, 0.0),
+    )
     output = tmp_path / "r.json"
     parts = {part: check.measure(part, loaded, settings, output) for part in check.PARTS}
     together = check.compared(parts, output)

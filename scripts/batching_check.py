@@ -19,7 +19,7 @@ In the small pool admission leaves fewer pages free than an engine's own waterma
 of 2 000 such requests gives way, whether the pool holds all of their pages or 0.15. Few do then, in
 whatever pool, because requests are short in growth beside what their prompts take: before a device
 that does nothing 0.5 % of the prompt tokens were computed again with a share of 0.45, 0.2 % with
-0.4, 0.2 % with 0.1, 0.6 % with 0.05; with no watermark 2.1 % with 0.45.
+0.4, 0.2 % with 0.1, 0.6 % with 0.05; with no watermark 2.1 % with 0.45 (no record is kept).
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ WAITING_STEPS = 16
 SEQUENCES_PER_PLACE = 16
 """A decode call ends, while someone waits, when the places of one in so many sequences are free.
 Before a device that does nothing, 2 000 requests of 1 to 2 048 tokens that make 1 to 512 more, 256
-at once, take 444 prefill and 216 decode calls, where the first free place ends it 1 693 and 1 120,
-for 2.2 % more steps."""
+at once, took 444 prefill and 216 decode calls, where the first free place ended it 1 693 and 1 120,
+for 2.2 % more steps (counted in development; no record is kept)."""
 STREAM_SECONDS = 0.1
 """A call that somebody listens to takes about this long."""
 STATUS_SECONDS = 5.0

@@ -80,6 +80,9 @@ def build_parser() -> _cli.Parser:
     add("--max-queue", type=_cli.whole_number(0), metavar="N", default=1024,
         help="completions that may wait for one of the --max-num-seqs places; more than that get "
         "429 (default: %(default)s)")
+    add("--warm-up", action="store_true",
+        help="compile whatever requests of up to --max-model-len tokens may need before listening, "
+        "but for options beyond temperature, stop and seed; may take minutes the first time")
     add("--grace", type=seconds, metavar="SECONDS", default=30.0,
         help="that running requests have to finish after SIGTERM (default: %(default)g)")
     # fmt: on
@@ -138,13 +141,14 @@ def load(args: argparse.Namespace) -> LLM:
     llm = _cli.make_llm(args, loaded, 64, loaded.config.context_length)
     as_most_ask = SamplingParams(max_tokens=2, ignore_eos=True, temperature=1.0)
     llm.generate([[0]], as_most_ask)
+    warmed = f" · compiled in {llm.warm_up(as_most_ask):.1f} s" if args.warm_up else ""
     if not args.quiet:
         if is_float:
             print("note: weights were quantised on load, by round-to-nearest", file=sys.stderr)
         ranks = args.tensor_parallel_size
         print(
             f"loaded in {took:.1f} s · {llm.pool.num_pages} pages of {llm.pool.page_size} tokens · "
-            f"{llm.max_num_seqs} sequences at once" + f" · {ranks} devices" * (ranks > 1),
+            f"{llm.max_num_seqs} sequences at once" + f" · {ranks} devices" * (ranks > 1) + warmed,
             file=sys.stderr,
         )
     return llm

@@ -4,10 +4,12 @@
 
 Parts, each of which can be measured in a process of its own:
 
-pages for all    the requests where nobody has to give way: what their greedy tokens should be
-small pool       the same requests in a share of the pages. Tokens must be equal, and where they are
-                 not the gap between the two best logits at the first difference says how near a tie
-                 it was
+pages for all    the requests where nobody has to give way
+small pool       the same requests in a share of the pages. Tokens should be as before, and where
+                 they are not the gap between the two best logits at the first difference says how
+                 near a tie it was
+alone            some of the requests, one after another, each in calls of the shapes of a full
+                 batch: what its tokens should be, whoever else is there
 equal lengths    as many tokens, lengths all equal, nobody gives way: what the small pool costs
 prefixes         64 requests that share a long prefix, with and without prefix caching
 
@@ -25,13 +27,15 @@ that does nothing 0.5 % of the prompt tokens were computed again with a share of
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -42,13 +46,14 @@ from qserve_jax.benchmarks.model_shapes import MODEL_CONFIGS
 from qserve_jax.benchmarks.provenance import provenance
 from qserve_jax.benchmarks.report import write_report
 from qserve_jax.checkpoint import LoadedModel
-from qserve_jax.runtime import RequestOutput, batch, scheduler
+from qserve_jax.runtime import RequestOutput, batch, engine, scheduler
 from qserve_jax.runtime.compile_time import compile_time
-from qserve_jax.runtime.llm import MAX_NUM_BATCHED_TOKENS
 
 PAGE = 64
 SUFFIX, AFTER, SHARING = 64, 32, 64
 """Tokens behind a shared prefix, tokens made after them, and how many requests share it."""
+ALONE = 32
+"""About so many of the requests run alone."""
 OF_STATIC = 0.85
 TIMES_FEWER = 20
 SAME = ("model", "settings", "device", "versions", "commit")
@@ -109,36 +114,13 @@ def make_llm(loaded: LoadedModel, s: Settings, *, caching: bool = False) -> LLM:
     )
 
 
-def compile_all(llm: LLM, longest: int) -> None:
-    """What requests of up to `longest` tokens can meet in whatever order: prefill calls of all
-    widths and rows, and decode calls of all rows."""
-    rng, widest = np.random.default_rng(3), min(scheduler.PIECE, batch.prompt_bucket(longest))
-    for width in powers(batch.MIN_PROMPT_BUCKET, widest):
-        fit = MAX_NUM_BATCHED_TOKENS // width
-        for rows in powers(1, min(batch.power_of_two(llm.max_num_seqs), fit)):
-            shape = min(rows, llm.max_num_seqs), min(width, longest - 2)
-            prompts = rng.integers(0, llm.config.vocab_size, shape).tolist()
-            made = [0] * len(prompts)
-            for piece in llm.stream(prompts, greedy(longest - shape[1])):
-                made[piece.index] += len(piece.token_ids)
-                if min(made) >= 2:
-                    break
-
-
-def powers(low: int, high: int) -> list[int]:
-    """Powers of two from low to high."""
-    return [1 << i for i in range(low.bit_length() - 1, high.bit_length())]
-
-
 def timed(
-    llm: LLM, requests: Requests, warm_up: Callable[[], Any] | None
+    llm: LLM, requests: Requests, warm_up: Callable[[], Any]
 ) -> tuple[list[RequestOutput], Found]:
-    """A run, after a warm-up that compiles, and what was measured. Without one its speed, which
-    compiling would be part of, is null."""
+    """A run, after a warm-up that compiles, and what was measured."""
     prompts, params = requests
     start, compiled = time.perf_counter(), compile_time.seconds
-    if warm_up:
-        warm_up()
+    warm_up()
     before, pages = dataclasses.replace(llm.stats), llm.pool.free_pages
     warm, compiled_before = time.perf_counter(), compile_time.seconds
     outputs = llm.generate(*requests)
@@ -148,10 +130,10 @@ def timed(
     return outputs, {
         "tokens": sum(lengths),
         "as_many_as_asked": lengths == [p.max_tokens for p in params],
-        "tokens_per_s": sum(lengths) / seconds if warm_up else None,
+        "tokens_per_s": sum(lengths) / seconds,
         "preemptions": llm.stats.preemptions - before.preemptions,
         "prefilled_again": prefilled / sum(map(len, prompts)) - 1,
-        "compiled_s": during if warm_up else None,
+        "compiled_s": during,
         "pages_free": llm.pool.free_pages == pages,
         "seconds": {
             "compiling": compile_time.seconds - compiled,
@@ -161,16 +143,22 @@ def timed(
     }
 
 
+def longest_of(requests: Requests) -> int:
+    """Tokens of a prompt and what follows it."""
+    return max(len(p) + (q.max_tokens or 0) for p, q in zip(*requests, strict=True))
+
+
 def pages_for_all(loaded: LoadedModel, s: Settings) -> tuple[list[RequestOutput], Found]:
-    return timed(make_llm(loaded, s), random_requests(s, loaded.config.vocab_size), None)
+    llm, requests = make_llm(loaded, s), random_requests(s, loaded.config.vocab_size)
+    return timed(llm, requests, lambda: llm.warm_up(greedy(1), longest_of(requests)))
 
 
 def small_pool(loaded: LoadedModel, s: Settings) -> tuple[list[RequestOutput], Found]:
     llm, requests = make_llm(loaded, s), random_requests(s, loaded.config.vocab_size)
-    longest = max(len(p) + (q.max_tokens or 0) for p, q in zip(*requests, strict=True))
+    longest = longest_of(requests)
 
     def warm_up() -> None:
-        compile_all(llm, longest)
+        llm.warm_up(greedy(1), longest)
         kept = max(-(-longest // PAGE), int(s.pool * s.pages_each * s.max_num_seqs))
         llm.pool.allocate(llm.pool.num_pages - kept)  # for nobody, and for good
 
@@ -179,6 +167,41 @@ def small_pool(loaded: LoadedModel, s: Settings) -> tuple[list[RequestOutput], F
         return timed(llm, requests, warm_up)
     finally:
         scheduler.WATERMARK = watermark
+
+
+def some(requests: int) -> range:
+    """Those of so many that run alone."""
+    return range(0, requests, max(1, requests // ALONE))
+
+
+def alone(loaded: LoadedModel, s: Settings) -> tuple[list[RequestOutput], Found]:
+    llm, requests = make_llm(loaded, s), random_requests(s, loaded.config.vocab_size)
+    (prompts, params), longest = requests, longest_of(requests)
+    start, compiled = time.perf_counter(), compile_time.seconds
+    llm.warm_up(greedy(1), longest)
+    with calls_of_a_full_batch(llm, longest):
+        outputs = [llm.generate([prompts[i]], params[i])[0] for i in some(s.requests)]
+    compiling = compile_time.seconds - compiled
+    running = time.perf_counter() - start - compiling
+    return outputs, {
+        "requests": len(outputs),
+        "seconds": {"compiling": compiling, "running": running},
+    }
+
+
+@contextlib.contextmanager
+def calls_of_a_full_batch(llm: LLM, longest: int) -> Iterator[None]:
+    """Every prefill call has as many rows of the longest chunk as fit, and every decode call a row
+    for each that may run, however few come."""
+    rows = batch.power_of_two(llm.max_num_seqs)
+    shape = llm.engine.scheduler.prefill_shapes(longest)[-1]
+    with mock.patch.multiple(
+        engine,
+        row_bucket=lambda wanted, previous: rows,
+        call_shape=lambda chunks: shape,
+        full_calls=lambda chunks: [chunks],
+    ):
+        yield
 
 
 def equal_lengths(loaded: LoadedModel, s: Settings) -> tuple[list[RequestOutput], Found]:
@@ -223,6 +246,15 @@ def as_arrays(outputs: list[RequestOutput]) -> Arrays:
     }
 
 
+def only(found: Arrays, wanted: range) -> Arrays:
+    """Of these outputs."""
+    ends = np.cumsum(found["lengths"])
+    own = [np.arange(ends[i] - found["lengths"][i], ends[i]) for i in wanted]
+    where = np.concatenate(own)
+    lengths = found["lengths"][list(wanted)]
+    return {"tokens": found["tokens"][where], "gaps": found["gaps"][where], "lengths": lengths}
+
+
 def differences(a: Arrays, b: Arrays) -> Found:
     """The share of requests whose tokens are equal; of others a's gap at the first difference."""
     ends, gaps = np.cumsum(a["lengths"]), []
@@ -237,6 +269,7 @@ def differences(a: Arrays, b: Arrays) -> Found:
 PARTS: dict[str, Callable[[LoadedModel, Settings], Any]] = {
     "pages for all": pages_for_all,
     "small pool": small_pool,
+    "alone": alone,
     "equal lengths": equal_lengths,
     "prefixes": prefixes,
 }
@@ -259,10 +292,14 @@ def measure(part: str, loaded: LoadedModel, s: Settings, output: Path) -> Found:
 def compared(parts: Found, output: Path) -> Found:
     """What those parts say together that have been measured."""
     found: Found = {}
-    if {"pages for all", "small pool"} <= parts.keys():
-        files = [tokens_file(output, part) for part in ("pages for all", "small pool")]
-        if all(file.exists() for file in files):
-            found |= differences(*(dict(np.load(file)) for file in files))
+    made = {part: tokens_file(output, part) for part in ("pages for all", "small pool", "alone")}
+    tokens = {part: dict(np.load(file)) for part, file in made.items() if file.exists()}
+    if {"pages for all", "small pool"} <= tokens.keys():
+        found |= differences(tokens["pages for all"], tokens["small pool"])
+    for part in {"pages for all", "small pool"} & tokens.keys():
+        if "alone" in tokens:
+            wanted = some(len(tokens[part]["lengths"]))
+            found[f"alone, {part}"] = differences(tokens["alone"], only(tokens[part], wanted))
     if {"small pool", "equal lengths"} <= parts.keys():
         speeds = (parts[part]["tokens_per_s"] for part in ("small pool", "equal lengths"))
         found["of_static"] = next(speeds) / next(speeds)
@@ -276,6 +313,7 @@ def failures(parts: Found, together: Found) -> list[str]:
     for name, run in parts.items():
         if name == "prefixes":
             wrong += prefix_failures(run)
+        if name in ("prefixes", "alone"):
             continue
         if not run["as_many_as_asked"]:
             wrong.append(f"{name}: requests have more or fewer tokens than they asked for")

@@ -74,14 +74,16 @@ PARTS: dict[str, tuple[int, str]] = {
     "decode": (
         120, f"{BENCH} decode {RANDOM_8B} --batch 1 64 256 --save {{into}}/new_decode.json"),
     "latency": (
-        150,
-        f"{BENCH} latency {RANDOM_8B} --batch 256 --rate 8 --save {{into}}/new_latency.json"),
+        240,
+        f"{BENCH} latency {RANDOM_8B} --batch 256 --rate 8 16 28 --num-requests 300"
+        " --save {into}/new_latency.json"),
     "72b": (240, f"{BENCH} throughput {RANDOM_72B} --batch 256 --save {{into}}/new_72b.json"),
     "profile": (
         60,
         "python scripts/profile_step.py --batch 1 64 256 --output {into}/h200_decode_step.json"),
     "batching": (180, f"{BATCHING} 'pages for all'"),
     "batching in a small pool": (420, f"{BATCHING} 'small pool'"),
+    "batching alone": (150, f"{BATCHING} alone"),
     "batching of equal lengths": (150, f"{BATCHING} 'equal lengths'"),
     "batching of prefixes": (60, f"{BATCHING} prefixes"),
 }

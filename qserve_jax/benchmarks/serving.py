@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-import itertools
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -41,9 +40,6 @@ from qserve_jax.runtime.distributed import to_devices
 GIB = 2**30
 DECODE_STEPS = 64
 """Steps per call of the decode protocol, as in the engine."""
-FIRST_WARM_UP, MOST_WARM_UPS = 10, 3
-"""Of `warm_up_arrivals`: number of the first run, after those that are timed, and how often a batch
-is repeated at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,28 +77,14 @@ def make_llm(loaded: LoadedModel, work: Workload) -> LLM:
     return LLM(loaded, **defaults | work.settings)
 
 
-def warm_up(llm: LLM, work: Workload, run: int = 0) -> None:
+def warm_up(llm: LLM, work: Workload) -> None:
     """Compile all that a run needs: until every request has made a second token."""
-    prompts = work.prompts(llm.config.vocab_size, run)
+    prompts = work.prompts(llm.config.vocab_size, 0)
     made = [0] * len(prompts)
     for piece in llm.stream(prompts, work.params):
         made[piece.index] += len(piece.token_ids)
         if min(made) >= min(2, work.output):
             return
-
-
-def warm_up_arrivals(llm: LLM, work: Workload) -> None:
-    """Compile what a batch needs that fills and drains: the same with as many requests together as
-    each bucket has rows, each again until it compiles nothing."""
-    runs = itertools.count(FIRST_WARM_UP)
-    most = min(work.batch, llm.max_num_seqs)
-    for together in [1 << i for i in range((most - 1).bit_length())] + [most]:
-        few = dataclasses.replace(work, batch=together)
-        for run in itertools.islice(runs, MOST_WARM_UPS):
-            compiled = compile_time.seconds
-            warm_up(llm, few, run)
-            if compile_time.seconds == compiled:
-                break
 
 
 def throughput(
@@ -218,7 +200,7 @@ def latency(loaded: LoadedModel, work: Workload, rate: float, num_requests: int)
     """Requests that arrive at random (a Poisson process of `rate` a second): time to the first
     token and time per token after it, as each of them sees it. `batch` are decoded together."""
     llm = make_llm(loaded, work)
-    warm_up_arrivals(llm, work)
+    llm.warm_up(work.params, work.input + work.output)
     gaps = np.random.default_rng(work.seed).exponential(1 / rate, num_requests)
     prompts = dataclasses.replace(work, batch=num_requests).prompts(llm.config.vocab_size, 1)
     start, compiled = time.perf_counter(), compile_time.seconds

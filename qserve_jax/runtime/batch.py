@@ -6,7 +6,6 @@ Shapes are padded to few sizes (powers of two), so that few programs are compile
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,11 @@ from qserve_jax.runtime.decode import DecodeState
 from qserve_jax.runtime.sampling import (
     SamplingFeatures,
     TokenCounts,
+    join_features,
     make_token_counts,
     penalizes,
     sampling_arrays,
+    sampling_features,
 )
 from qserve_jax.runtime.sampling_params import MAX_LOGPROBS
 from qserve_jax.runtime.sequence import Sequence
@@ -39,6 +40,11 @@ def power_of_two(n: int, least: int = 1) -> int:
     return max(least, 1 << max(n - 1, 0).bit_length())
 
 
+def powers_of_two(low: int, high: int) -> list[int]:
+    """Those from low to high."""
+    return [1 << i for i in range((low - 1).bit_length(), high.bit_length())]
+
+
 def pad_rows(rows: Seq[Seq[int]], count: int, width: int, fill: int) -> np.ndarray:
     """Ragged lists -> i32[count, width]."""
     padded = np.full((count, width), fill, np.int32)
@@ -57,11 +63,35 @@ def prompt_bucket(length: int) -> int:
     return power_of_two(length, MIN_PROMPT_BUCKET)
 
 
-def chunk_array(chunks: Seq[Chunk]) -> np.ndarray:
-    """The chunks' tokens, i32[rows, T], right-padded to their bucket."""
-    width = prompt_bucket(max(c.end - c.start for c in chunks))
-    tokens = [c.sequence.known[c.start : c.end] for c in chunks]
-    return pad_rows(tokens, power_of_two(len(chunks)), width, 0)
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What the programs of a batch are compiled for, beside its rows: what is sampled, pages of the
+    longest length that anybody may reach (columns of the block table), stop ids."""
+
+    features: SamplingFeatures = SamplingFeatures()  # noqa: RUF009 (frozen)
+    columns: int = 0
+    stops: int = MIN_STOPS_BUCKET
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(
+            join_features(self.features, other.features),
+            max(self.columns, other.columns),
+            max(self.stops, other.stops),
+        )
+
+
+def needs_of(sequence: Sequence, page_size: int, vocab_size: int) -> Needs:
+    """Of one sequence, in buckets."""
+    return Needs(
+        bucket_features(sampling_features([sequence.params]), vocab_size),
+        power_of_two(-(-sequence.total_len // page_size), MIN_PAGES_BUCKET),
+        power_of_two(len(sequence.stop_ids), MIN_STOPS_BUCKET),
+    )
+
+
+def call_shape(chunks: Seq[Chunk]) -> tuple[int, int]:
+    """Rows, and tokens of each, of a prefill call."""
+    return power_of_two(len(chunks)), prompt_bucket(max(c.end - c.start for c in chunks))
 
 
 def full_calls(chunks: Seq[Chunk]) -> list[Seq[Chunk]]:
@@ -91,11 +121,6 @@ def bucket_features(features: SamplingFeatures, vocab_size: int) -> SamplingFeat
     return dataclasses.replace(features, logprobs=min(bucket, vocab_size))
 
 
-def pages_bucket(batch: Iterable[Sequence], page_size: int) -> int:
-    """Columns of a block table for as long as the sequences may become."""
-    return power_of_two(max(-(-s.total_len // page_size) for s in batch), MIN_PAGES_BUCKET)
-
-
 def token_counts(chunks: Seq[Chunk], *, rows: int, vocab_size: int) -> TokenCounts:
     """What the penalties of each chunk's sequence look at, padded to `rows` rows; nothing where
     there are none, and nothing for any but a sequence's last chunk, after which it is sampled."""
@@ -112,23 +137,22 @@ def device_state(
     batch: Seq[Sequence],
     *,
     rows: int,
-    columns: int,
+    needs: Needs,
     lens: Seq[int],
     counts: TokenCounts | None = None,
 ) -> DecodeState:
     """The batch's state as the host knows it, in numpy arrays (one transfer takes them all to the
-    device), padded to `rows` rows and `columns` pages.
+    device), padded to `rows` rows.
 
     lens: tokens of each in the cache. counts: of `token_counts`, where penalties are on.
     """
-    stops = power_of_two(max(len(s.stop_ids) for s in batch), MIN_STOPS_BUCKET)
     fields: dict[str, Any] = {
         "tokens": pad_column([s.tokens[-1] if s.tokens else 0 for s in batch], rows),
         "context_lens": pad_column(lens, rows),
         "remaining": pad_column([s.limit - len(s.tokens) for s in batch], rows),
-        "block_table": pad_rows([s.pages for s in batch], rows, columns, -1),
+        "block_table": pad_rows([s.pages for s in batch], rows, needs.columns, -1),
         "rope_lens": pad_column([s.total_len for s in batch], rows),
-        "stop_ids": pad_rows([s.stop_ids for s in batch], rows, stops, -1),
+        "stop_ids": pad_rows([s.stop_ids for s in batch], rows, needs.stops, -1),
     }
     sampling = sampling_arrays([s.params for s in batch], [s.seed for s in batch], pad_to=rows)
     return DecodeState(**fields, sampling=sampling, counts=counts)

@@ -8,6 +8,7 @@ starts listening.
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 
 import jax.monitoring
@@ -15,13 +16,16 @@ import jax.monitoring
 _COMPILE_EVENTS = "/jax/core/compile/"
 _CACHE_REQUEST = "/jax/compilation_cache/compile_requests_use_cache"
 _CACHE_HIT = "/jax/compilation_cache/cache_hits"
+_LOOKUP_SECONDS = 1e-3
+"""Less is no compilation: JAX also reports when it finds what it has traced before."""
 
 
 @dataclasses.dataclass
 class CompileTime:
     """What this process has compiled so far.
 
-    seconds: wall time of tracing, lowering and compiling, loads from the persistent cache included.
+    seconds: wall time of tracing, lowering and compiling, loads from the persistent cache included;
+      once where threads did so beside each other.
     cache_requests, cache_hits: programs looked up in the persistent cache, and found there.
     """
 
@@ -29,16 +33,20 @@ class CompileTime:
     cache_requests: int = 0
     cache_hits: int = 0
     _spans: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def add_span(self, event: str, start_time: float, end_time: float, **_: object) -> None:
-        """Count a span once; those inside it (a jit traced within another) came before it."""
-        if not event.startswith(_COMPILE_EVENTS):
+        """Count what no span before it covers: a jit traced within another comes before that one,
+        and another thread's may have begun before and ended within it."""
+        if not event.startswith(_COMPILE_EVENTS) or end_time - start_time < _LOOKUP_SECONDS:
             return
-        while self._spans and self._spans[-1][0] >= start_time:
-            inner_start, inner_end = self._spans.pop()
-            self.seconds -= inner_end - inner_start
-        self._spans.append((start_time, end_time))
-        self.seconds += end_time - start_time
+        with self._lock:
+            while self._spans and self._spans[-1][1] > start_time:
+                start, end = self._spans.pop()
+                self.seconds -= end - start
+                start_time, end_time = min(start, start_time), max(end, end_time)
+            self._spans.append((start_time, end_time))
+            self.seconds += end_time - start_time
 
     def add_event(self, event: str, **_: object) -> None:
         """Count requests and hits of the persistent cache."""

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -24,13 +24,15 @@ from qserve_jax.models.llama import CausalLM
 from qserve_jax.models.sharding import P, axis_of, cache_spec, shardings
 from qserve_jax.quantization.qtensor import KVCache
 from qserve_jax.runtime.batch import (
-    bucket_features,
-    chunk_array,
+    Needs,
+    call_shape,
     device_state,
     full_calls,
+    needs_of,
     pad_column,
     pad_rows,
-    pages_bucket,
+    power_of_two,
+    powers_of_two,
     row_bucket,
     token_counts,
 )
@@ -41,16 +43,12 @@ from qserve_jax.runtime.distributed import to_devices
 from qserve_jax.runtime.engine_stats import EngineStats, EngineStatus
 from qserve_jax.runtime.kv_cache import init_cache
 from qserve_jax.runtime.page_table import PagePool
-from qserve_jax.runtime.sampling import (
-    SampleOutput,
-    SamplingFeatures,
-    join_features,
-    sampling_features,
-)
+from qserve_jax.runtime.sampling import SampleOutput
 from qserve_jax.runtime.scheduler import Chunk, Plan, Scheduler
 from qserve_jax.runtime.sequence import Sequence, StreamOutput, take_logprobs
 from qserve_jax.runtime.slots import Live, decode_slots, make_live, prefill_slots
 from qserve_jax.runtime.turns import Turns
+from qserve_jax.runtime.warm_up import compile_programs
 
 MAX_DECODE_STEPS = 64
 WAITING_STEPS = 16
@@ -132,13 +130,13 @@ class Engine:
         self._last_done = self._logged = 0.0
         self._cache: KVCache | None = None
         self._live: Live | None = None
+        self._least = Needs()  # what programs are compiled for in any case
         self._forget_shapes()
         self._device_arrays()
 
     def _forget_shapes(self) -> None:
         """Nobody is here: the next shapes follow from who comes."""
-        self._features = SamplingFeatures()
-        self._rows = self._columns = 0
+        self._needs, self._rows = self._least, 0
         self._decoding: tuple[list[Sequence], jax.Array, DecodeState] | None = None
         self._step_seconds: float | None = None
         self._watched.clear()
@@ -156,7 +154,7 @@ class Engine:
                 dtype=self.params["embed"]["embedding"].dtype,
                 mesh=self._mesh,
             )
-        counted = self._features.penalties
+        counted = self._needs.features.penalties
         if self._live is None or (self._live.counts is None and counted):
             new = make_live(self.max_num_seqs, self.model.config.vocab_size if counted else None)
             if self._live is not None:  # who runs already has no penalties, nor needs counts
@@ -203,10 +201,7 @@ class Engine:
             self._forget_shapes()
         while self._arrivals:
             sequence = self._arrivals[0]  # and there until it waits: a Ctrl-C loses nobody
-            features = sampling_features([sequence.params])
-            features = bucket_features(features, self.model.config.vocab_size)
-            self._features = join_features(self._features, features)
-            self._columns = max(self._columns, pages_bucket([sequence], self.pool.page_size))
+            self._needs |= self._needs_of(sequence)
             self.scheduler.waiting.append(sequence)
             if sequence.listener is not None:
                 self._watched.add(sequence)
@@ -308,37 +303,36 @@ class Engine:
 
     def _launch_prefill(self, chunks: Seq[Chunk]) -> None:
         launched, batch = clock(), [c.sequence for c in chunks]
-        tokens = chunk_array(chunks)
-        rows = len(tokens)
+        # Fresh prompts that attend to themselves unquantised read no pages.
+        fresh = self.attends == "full" and all(c.start == 0 for c in chunks)
+        promised = [(int(c.samples), int(c.samples)) for c in chunks]
+        operands = self._prefill_operands(chunks, *call_shape(chunks), self._needs, fresh=fresh)
+        out = self._call(self._prefill, *operands, features=self._needs.features)
+        self._calls.append(Call(batch, promised, out, True, launched))
+        self.stats.prompt_tokens += sum(c.end - c.start for c in chunks)
+
+    def _prefill_operands(
+        self, chunks: Seq[Chunk], rows: int, width: int, needs: Needs, *, fresh: bool
+    ) -> tuple[Any, ...]:
+        """What `prefill_slots` takes from `slots` on: the chunks, padded."""
+        batch = [c.sequence for c in chunks]
         # Only the last chunk of a sequence leaves something for decoding.
         slots = [
             s.slot if c.end == s.goal else self.max_num_seqs
             for c, s in zip(chunks, batch, strict=True)
         ]
-        # Fresh prompts that attend to themselves unquantised read no pages.
-        fresh = self.attends == "full" and all(c.start == 0 for c in chunks)
+        tokens = [c.sequence.known[c.start : c.end] for c in chunks]
         counts = None
-        if self._features.penalties:
+        if needs.features.penalties:
             counts = token_counts(chunks, rows=rows, vocab_size=self.model.config.vocab_size)
-        state = device_state(
-            batch,
-            rows=rows,
-            columns=self._columns,
-            lens=[c.end for c in chunks],
-            counts=counts,
-        )
-        promised = [(int(c.samples), int(c.samples)) for c in chunks]
-        out = self._call(
-            self._prefill,
+        lens = [c.end for c in chunks]
+        return (
             pad_column(slots, rows, self.max_num_seqs),
-            tokens,
-            state,
+            pad_rows(tokens, rows, width, 0),
+            device_state(batch, rows=rows, needs=needs, lens=lens, counts=counts),
             None if fresh else pad_column([c.end - c.start for c in chunks], rows),
             np.asarray([c.samples for c in chunks] + [False] * (rows - len(chunks))),
-            features=self._features,
         )
-        self._calls.append(Call(batch, promised, out, True, launched))
-        self.stats.prompt_tokens += sum(c.end - c.start for c in chunks)
 
     def _launch_decode(self, plan: Plan) -> None:
         launched, batch = clock(), plan.decoding
@@ -352,7 +346,7 @@ class Engine:
             state,
             plan.steps,
             yield_idle,
-            features=self._features,
+            features=self._needs.features,
             max_steps=MAX_DECODE_STEPS,
         )
         promised = [s.promise(1 if waited_for else plan.steps, plan.steps) for s in batch]
@@ -369,11 +363,11 @@ class Engine:
         """Slots and state of a decode call. While nobody comes or goes, only pages change."""
         if self._decoding is not None and self._decoding[0] == batch:
             _, slots, state = self._decoding
-            table = pad_rows([s.pages for s in batch], rows, self._columns, -1)
+            table = pad_rows([s.pages for s in batch], rows, self._needs.columns, -1)
             state = dataclasses.replace(state, block_table=to_devices(table, self._mesh))
         else:
             slots = pad_column([s.slot for s in batch], rows, self.max_num_seqs)
-            state = device_state(batch, rows=rows, columns=self._columns, lens=[0] * len(batch))
+            state = device_state(batch, rows=rows, needs=self._needs, lens=[0] * len(batch))
             slots, state = to_devices((slots, state), self._mesh)
         self._decoding = batch, slots, state
         return slots, state
@@ -385,6 +379,47 @@ class Engine:
             self.model, self.params, cache, live, *args, attends=self.attends, **kwargs
         )
         return out
+
+    # Programs, before somebody needs them.
+
+    def warm_up(self, longest: Sequence) -> None:
+        """Compile all that sequences need which may become no longer than this one, sample with no
+        more than it does and stop at no more ids, however many come, and whoever comes when. From
+        then on its needs are everybody's, so that nobody asks for other programs."""
+        types: list[Any] = []
+
+        def keep() -> None:
+            self._least |= self._needs_of(longest)
+            self._needs |= self._least
+            types[:] = jax.tree.map(self._type_of, self._device_arrays())
+
+        while not self._turns.take(lambda: self._orderly(keep)):
+            self._turns.wait()
+        compile_programs(self._programs(longest.total_len, self._least, *types))
+
+    def _programs(
+        self, total_len: int, needs: Needs, cache: Any, live: Any
+    ) -> Iterator[jax.stages.Lowered]:
+        """Every prefill call that prompts of fewer than total_len tokens can make, of no sequence,
+        and every decode call, lowered; cache, live: the types of the arrays."""
+        fixed: dict[str, Any] = {"attends": self.attends, "features": needs.features}
+        for fresh in {False, self.attends == "full"}:
+            for rows, width in self.scheduler.prefill_shapes(total_len - 1):
+                operands = self._prefill_operands([], rows, width, needs, fresh=fresh)
+                yield self._prefill.lower(self.model, self.params, cache, live, *operands, **fixed)
+        fixed["max_steps"] = MAX_DECODE_STEPS
+        for rows in powers_of_two(1, power_of_two(self.max_num_seqs)):
+            slots = pad_column([], rows, self.max_num_seqs)
+            state = device_state([], rows=rows, needs=needs, lens=[])
+            operands = *to_devices((slots, state), self._mesh), 1, 1
+            yield self._decode.lower(self.model, self.params, cache, live, *operands, **fixed)
+
+    def _type_of(self, x: jax.Array) -> jax.ShapeDtypeStruct:
+        sharding = None if self._mesh is None else x.sharding
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    def _needs_of(self, sequence: Sequence) -> Needs:
+        return needs_of(sequence, self.pool.page_size, self.model.config.vocab_size)
 
     # What calls bring.
 

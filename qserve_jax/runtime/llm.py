@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import secrets
+import time
 from collections import deque
 from collections.abc import Generator
 from collections.abc import Sequence as Seq
@@ -170,6 +172,29 @@ class LLM:
     def pool(self) -> PagePool:
         """The pages of the cache."""
         return self.engine.pool
+
+    def warm_up(
+        self, sampling_params: SamplingParams | None = None, max_len: int | None = None
+    ) -> float:
+        """Compile whatever requests may need, so that none has to wait for it; returns the seconds.
+
+        max_len: longest prompt plus completion, tokens; default the longest that max_model_len and
+          the pool allow. The longer, the more programs, and the wider the block tables of all.
+        sampling_params: what requests sample with at most: greedy ones need no other programs than
+          those of temperature 1, and none that ask for no penalties need others than those that do;
+          the default SamplingParams(). From now on all calls pay for it.
+
+        Requests that need more (longer, or log-probabilities where none were named) compile as they
+        come. May run beside requests of other threads. Raises ValueError on an unusable max_len.
+        """
+        start, most = time.perf_counter(), self.pool.num_pages * self.pool.page_size
+        most = min(self.max_model_len, most)
+        max_len = most if max_len is None else checked_integer("max_len", max_len, 2, most)
+        params = sampling_params or SamplingParams()
+        one = dataclasses.replace(params, max_tokens=max_len - 1, n=1, seed=0)
+        (longest,) = self._samples(0, [0], one, [])
+        self.engine.warm_up(longest)
+        return time.perf_counter() - start
 
     def status(self) -> EngineStatus:
         """Queue, pages and speed at this moment; printed, it is one line."""

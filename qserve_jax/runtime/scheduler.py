@@ -10,7 +10,12 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 
-from qserve_jax.runtime.batch import power_of_two, prompt_bucket
+from qserve_jax.runtime.batch import (
+    MIN_PROMPT_BUCKET,
+    power_of_two,
+    powers_of_two,
+    prompt_bucket,
+)
 from qserve_jax.runtime.page_table import PagePool, page_keys
 from qserve_jax.runtime.sequence import Sequence
 
@@ -103,6 +108,18 @@ class Scheduler:
         while steps > 1 and not self._grow(decoding, steps):
             steps //= 2
         return Plan(chunks, decoding, steps)
+
+    def prefill_shapes(self, longest: int) -> list[tuple[int, int]]:
+        """Rows, and tokens of each, of all calls that prompts of `longest` tokens at most make."""
+        widest = prompt_bucket(min(longest, self._longest_chunk))
+        # A sequence fills more than one row with the longest chunks alone.
+        several = self._in_pieces and longest > self._longest_chunk
+        shapes = []
+        for width in powers_of_two(MIN_PROMPT_BUCKET, widest):
+            fit = max(self._budget // width, 1)
+            most = fit if several and width == widest else min(self._max_num_seqs, fit)
+            shapes += [(rows, width) for rows in powers_of_two(1, min(power_of_two(most), fit))]
+        return shapes
 
     def _decoding(self) -> list[Sequence]:
         return [s for s in self.running if s.prefilled and s.steps_left > 0]

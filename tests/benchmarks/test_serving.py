@@ -17,7 +17,6 @@ from qserve_jax.models.sharding import tensor_mesh
 from qserve_jax.quantization.packing import dequantize_weight
 from qserve_jax.quantization.qtensor import is_quantized, nbytes
 from qserve_jax.runtime import device_memory
-from qserve_jax.runtime.compile_time import compile_time
 
 TINY = ModelConfig("llama", 256, 128, 256, 2, 2, 1, 64, 512)
 
@@ -182,19 +181,6 @@ def test_latency(capsys):
         low, middle, high = (row[f"{name}_p{q}_ms"] for q in (50, 90, 99))
         assert 0 < low <= middle <= high < 1e3 * row["seconds"]
     assert row["compiled_s"] == 0 and "problem" not in row
-
-
-def test_arrivals_of_any_number_find_their_programs_compiled():
-    """Without a run of one that of one compiles."""
-    work = serving.Workload(2, 24, 6, {"page_size": 16, "num_pages": 43})
-    llm = serving.make_llm(dummy_model(TINY, QuantConfig()), work)
-    serving.warm_up_arrivals(llm, work)
-    assert 0 < llm.stats.generated_tokens <= 3 * 2 * (1 + 2)
-    before = compile_time.seconds
-    for together in (1, 2):
-        few = dataclasses.replace(work, batch=together)
-        llm.generate(few.prompts(256, together), work.params)
-    assert compile_time.seconds == before
 
 
 def test_a_row_that_compiled_says_so(monkeypatch, capsys):

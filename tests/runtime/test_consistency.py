@@ -79,6 +79,32 @@ def test_pieces_of_a_prompt_in_the_rows_of_one_call_change_no_token(loaded, monk
     assert calls == [[(2, 128), (2, 128)], [(16, 16), (2, 16)]]
 
 
+@pytest.mark.parametrize(
+    ("attends", "piece"), [("quantized", 256), ("quantized", 16), ("full", 256)]
+)
+def test_after_a_warm_up_nothing_is_compiled(loaded, monkeypatch, attends, piece):
+    """Whatever comes, together or one by one, greedy or not, longer than a chunk or preempted."""
+    monkeypatch.setattr(scheduler, "PIECE", piece)
+    settings: dict[str, Any] = SETTINGS | {"attends": attends, "max_num_batched_tokens": 48}
+    llm, rng = LLM(loaded, **settings), np.random.default_rng(9)
+    assert llm.warm_up(SamplingParams(temperature=1.0, logprobs=2)) > 0
+    assert llm.stats.prompt_tokens == 0 and llm.pool.free_pages == 14
+    warm = compile_time.seconds
+    for together in (1, 3, 30):
+        prompts = [rng.integers(5, 2000, rng.integers(1, 100)).tolist() for _ in range(together)]
+        params = [
+            SamplingParams(max_tokens=int(n), temperature=float(n % 2), ignore_eos=True)
+            for n in rng.integers(1, 28, together)
+        ]
+        assert [len(o.token_ids) for o in llm.generate(prompts, params)] == [
+            p.max_tokens for p in params
+        ]
+    assert compile_time.seconds == warm
+    assert llm.stats.preemptions > 0
+    with pytest.raises(ValueError, match=r"max_len=129 must be an integer in 2\.\.128"):
+        llm.warm_up(max_len=129)
+
+
 def test_streams_say_everything_once(loaded, alone):
     llm = LLM(loaded, **SETTINGS)
     prompts, params = requests(0)

@@ -23,7 +23,15 @@ def test_nested_spans_count_once():
     for start, end in [(0, 1), (2, 3), (4, 5), (2, 6), (7, 8)]:  # (2, 6) holds (2, 3) and (4, 5)
         compile_time.add_span(TRACE, start, end)
     compile_time.add_span("/jax/something/else", 8, 100)
+    compile_time.add_span(TRACE, 9, 9.0005)  # found, not traced
     assert compile_time.seconds == 1 + 4 + 1
+
+
+def test_spans_of_threads_count_once():
+    compile_time = CompileTime()
+    for start, end in [(0, 2), (1, 3), (2.5, 4), (5, 6), (4.5, 7), (0, 8)]:
+        compile_time.add_span(TRACE, start, end)
+        assert compile_time.seconds == {2: 2, 3: 3, 4: 4, 6: 5, 7: 6.5, 8: 8}[end]
 
 
 def test_clock_stands_still_while_jax_compiles():

@@ -75,13 +75,15 @@ def test_batching_check(check, tmp_path):
     tight, roomy = parts["small pool"], parts["pages for all"]
     assert tight["preemptions"] > 0 and roomy["preemptions"] == 0
     assert tight["prefilled_again"] > 0 and roomy["prefilled_again"] == 0
-    assert roomy["tokens_per_s"] is None and roomy["seconds"]["compiling"] > 0
+    assert roomy["compiled_s"] == 0 and roomy["tokens_per_s"] > 0
     assert tight["compiled_s"] == 0 and tight["seconds"]["warm_up"] > 0
     # Tokens are compared in test_consistency.py, on the trained demo: this random model's logits
     # lie so near each other that prefill calls of other shapes (256 and 16 tokens) change some.
     found = parts["prefixes"]
     assert found["prefilled"] == [64 * 130, 130 + 63 * 2]
     parts["prefixes"] = found | {"equal": 1.0, "gaps_at_first_difference": []}
+    assert parts["alone"]["requests"] == 16
+    assert together["alone, pages for all"]["equal"] > 0.5
     together["of_static"] = 1.0  # sixteen requests say nothing of speed
     assert check.failures(parts, together) == []
 
@@ -92,7 +94,8 @@ def good_parts():
     runs = {name: dict(good) for name in ("pages for all", "small pool", "equal lengths")}
     runs["small pool"] |= {"preemptions": 17, "tokens_per_s": 85.0}
     found = {"times_fewer": 20.0, "gaps_at_first_difference": [], "seconds": {"running": 1.0}}
-    return runs | {"prefixes": found}
+    few = {"requests": 1, "seconds": {"running": 1.0}}
+    return runs | {"prefixes": found, "alone": few}
 
 
 @pytest.mark.parametrize(
@@ -160,13 +163,14 @@ def test_a_batching_check_that_was_cut_off_goes_on(check, monkeypatch, tmp_path,
     monkeypatch.setattr(check, "load", lambda args: None)
     with pytest.raises(KeyboardInterrupt):
         main()
-    assert list(json.loads(output.read_text())["parts"]) == ["pages for all", "small pool"]
+    assert list(json.loads(output.read_text())["parts"]) == ["pages for all", "small pool", "alone"]
     dies_at.clear()
     assert "of_static" not in main("--parts", "prefixes")["compared"]
     assert "not measured yet: equal lengths" in capsys.readouterr().out
     report = main()
-    assert measured == ["pages for all", "small pool", "prefixes", "equal lengths"]
-    together = {"equal": 1, "gaps_at_first_difference": [], "of_static": 0.85}
+    assert measured == ["pages for all", "small pool", "alone", "prefixes", "equal lengths"]
+    same = {"equal": 1, "gaps_at_first_difference": []}
+    together = same | {"alone, pages for all": same, "alone, small pool": same, "of_static": 0.85}
     assert report["compared"] == together and report["failures"] == []
     assert "equal lengths: running 1.0 s" in capsys.readouterr().err
     monkeypatch.setattr(check, "load", None)

@@ -1,9 +1,9 @@
-"""Times, speeds and errors that we aimed at on an H200 beside what was measured: each one missed.
+"""Times, speeds, memory and errors that we aimed at on an H200 beside what was measured: each one
+missed.
 
 python scripts/goals.py [--results docs/results] [--all]
 
-Memory, tokens and exactness are for the tests. Reads h200_w4a8_matmul.json,
-h200_paged_attention.json, h200_serving.json and h200_tensor_parallel.json, and prints Markdown.
+Tokens and exactness are for the tests. Reads the files named in FILES, and prints Markdown.
 """
 
 from __future__ import annotations
@@ -49,6 +49,11 @@ ATTENDS = ("quantized", "full")
 TOKENS_PER_S = (  # benchmark, batch, at least; of the first three we aim at the last
     *[("throughput", 256, 13920), ("throughput", 256, 16820), ("throughput", 256, 20000)],
     *[("decode", 1, 450), ("decode", 64, 12000), ("decode", 256, 30000)],
+)
+MEMORY = (  # what, its column of a row, at most
+    ("GiB of weights", "weights_gib", 5.4),
+    ("bytes of a cached token", "kv_bytes_per_token", 34816),
+    ("GiB in all, 256 x 1536 tokens", "peak_gib", 24),
 )
 TIMES_ONE_GPU = {2: 1.6, 4: 2.6}
 """Tokens/s of Llama-3-70B on so many GPUs, decoding 64 sequences, in units of one GPU's."""
@@ -194,6 +199,48 @@ def serving_goals(report: Row) -> Iterator[Goal]:
         found = rows[0]["tokens_per_s"] if rows else None
         yield Goal("Llama-3-8B, tokens/s", f"{bench}, batch {batch}", limit, found, more=True)
 
+    yield from _memory_goals(report["rows"])
+
+
+def _memory_goals(rows: list[Row]) -> Iterator[Goal]:
+    """Of 256 requests of 1024 + 512 tokens."""
+    wanted = {"bench": "throughput", "batch": 256, "model": "llama3-8b", "gpus": 1}
+    wanted |= {"input": 1024, "output": 512}
+    found = {row["precision"]: row for row in rows if wanted.items() <= row.items()}
+    ours, other = found.get("w4a8kv4", {}), found.get("w16a16kv16", {})
+    for what, name, limit in MEMORY:
+        yield Goal("Llama-3-8B, memory", what, limit, ours.get(name))
+    peaks = other.get("peak_gib"), ours.get("peak_gib")
+    less = peaks[0] / peaks[1] if peaks[0] and peaks[1] else None
+    yield Goal("Llama-3-8B, memory", "times less than 16 bits at its peak", 2.2, less, more=True)
+
+
+def step_goals(report: Row) -> Iterator[Goal]:
+    """Compiled in a process that keeps no programs on disk, tracing included."""
+    for row in report["rows"]:
+        what = f"batch {row['batch']}"
+        yield Goal("decode step, % no kernel runs", what, 8, 100 * row["gaps"])
+        yield Goal("decode step, launches per layer", what, 10, row["launches_per_layer"])
+        yield Goal("decode step compiled, s (5 from the cache)", what, 25, row["compile_s"])
+
+
+def batching_goals(report: Row) -> Iterator[Goal]:
+    found, prefixes = report["compared"], report["parts"].get("prefixes", {})
+    speed, same = found.get("of_static"), prefixes.get("equal")
+    kind = "2 000 requests under preemption"
+    yield Goal(kind, "share of a static run's tokens/s", 0.85, speed, more=True)
+    kind = "64 requests that share 2048 tokens"
+    fewer = prefixes.get("times_fewer")
+    yield Goal(kind, "times fewer tokens prefilled", 20, fewer, more=True)
+    yield Goal(kind, "share with the same tokens", 1, same, more=True)
+
+
+def first_token_goals(report: Row) -> Iterator[Goal]:
+    cold, warm = report["nothing compiled before"], report["all compiled before"]
+    kind = "a new process of generate, Llama-3-8B, s"
+    yield Goal(kind, "first token, all compiled before", 30, warm["process_seconds"])
+    yield Goal(kind, "compiling, nothing compiled before", 60, cold["compile_seconds"])
+
 
 def parallel_goals(report: Row) -> Iterator[Goal]:
     """With the sums that run by default."""
@@ -209,6 +256,9 @@ FILES = {  # what reads it, what writes it
     "h200_w4a8_matmul.json": (matmul_goals, "qserve_jax.bench"),
     "h200_paged_attention.json": (attention_goals, "qserve_jax.bench"),
     "h200_serving.json": (serving_goals, "qserve_jax.bench"),
+    "h200_decode_step.json": (step_goals, "scripts/profile_step.py"),
+    "h200_batching.json": (batching_goals, "scripts/batching_check.py"),
+    "h200_first_token.json": (first_token_goals, "scripts/first_token.py"),
     "h200_tensor_parallel.json": (parallel_goals, "scripts/tensor_parallel.py"),
 }
 

@@ -81,6 +81,9 @@ PARTS: dict[str, tuple[int, str]] = {
     "profile": (
         60,
         "python scripts/profile_step.py --batch 1 64 256 --output {into}/h200_decode_step.json"),
+    "profile of prefill": (
+        90,
+        "python scripts/profile_step.py --prefill --batch 256 --output {into}/h200_prefill.json"),
     "batching": (180, f"{BATCHING} 'pages for all'"),
     "batching in a small pool": (420, f"{BATCHING} 'small pool'"),
     "batching alone": (150, f"{BATCHING} alone"),

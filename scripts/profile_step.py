@@ -1,18 +1,26 @@
 """Where the time of a decode step goes: kernels by CUPTI, beside the wall time of the same call.
 
     python scripts/profile_step.py --model-shape llama3-8b --batch 1 64 256 --output FILE.json
+    python scripts/profile_step.py --prefill --batch 256 --output FILE.json
 
 Random weights. Per step and batch: milliseconds of matmuls, attention, small kernels of the layers,
 head and sampling; what of the wall time no kernel ran (gaps); launches; every kernel's count and
 microseconds. The wall time is the fastest of three calls that are not recorded.
+
+--prefill: the same of all prompts of a batch, as the engine computes them (one "step"), and the
+GPU's clock and power meanwhile, as nvidia-smi tells them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import statistics
+import subprocess
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +30,14 @@ from qserve_jax.benchmarks.clock import check_available, record
 from qserve_jax.benchmarks.dummy import dummy_model
 from qserve_jax.benchmarks.model_shapes import MODEL_CONFIGS
 from qserve_jax.benchmarks.provenance import provenance
-from qserve_jax.benchmarks.serving import Decoding, Workload, make_decoding
+from qserve_jax.benchmarks.serving import Decoding, Workload, make_decoding, make_llm
 from qserve_jax.checkpoint import LoadedModel
 from qserve_jax.quantization import QuantConfig
 
 GROUPS = {
     "w4a8_matmul": "matmul",
     "paged_attention": "attention",
+    "prefill_attention": "attention",
     "rms_norm_quantize": "small",
     "silu_mul_quantize": "small",
     "quantize_activation": "small",
@@ -81,6 +90,44 @@ def profile(loaded: LoadedModel, work: Workload) -> dict[str, Any]:
     return {"batch": work.batch, "context": work.input, "compile_s": compile_seconds, **found}
 
 
+def profile_prefill(loaded: LoadedModel, work: Workload) -> dict[str, Any]:
+    """`work.output` is 1: the token that prefill chooses."""
+    llm, vocab = make_llm(loaded, work), loaded.config.vocab_size
+
+    def run(number: int) -> float:
+        prompts, start = work.prompts(vocab, number), time.perf_counter()
+        llm.generate(prompts, work.params)
+        return time.perf_counter() - start
+
+    run(0)
+    samples: dict[str, list[float]] = {}
+    with gpu_state(samples):
+        seconds = min(run(number) for number in (1, 2, 3))
+    kernels = record(lambda: run(4))
+    state = {name: statistics.median(values) for name, values in samples.items()}
+    found = summary(kernels, seconds, 1, loaded.config.num_layers)
+    return {"batch": work.batch, "context": work.input, "gpu": state, **found}
+
+
+STATE = {"clocks.sm": "sm_mhz", "power.draw": "watts", "enforced.power.limit": "limit_watts"}
+
+
+@contextlib.contextmanager
+def gpu_state(samples: dict[str, list[float]]) -> Iterator[None]:
+    """Gathers the first GPU's clock and power, five times a second."""
+    query = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(STATE)}"]
+    query += ["--format=csv,noheader,nounits", "--loop-ms=200"]
+    process = subprocess.Popen(query, stdout=subprocess.PIPE, text=True)
+    try:
+        yield
+    finally:
+        process.kill()
+        lines = [line.split(",") for line in process.communicate()[0].splitlines()]
+        complete = [line for line in lines if len(line) == len(STATE)]
+        for name, values in zip(STATE.values(), zip(*complete, strict=True), strict=False):
+            samples[name] = [float(value) for value in values]
+
+
 def launch(run: Any, d: Decoding) -> Any:
     """A call; the cache that comes back takes the place of the one that it took."""
     d.cache, *rest = run(d.params, d.cache, d.state, d.steps)
@@ -103,6 +150,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 64, 256])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--prefill", action="store_true", help="not the decode step")
     parser.add_argument("--output", type=Path, required=True, help="JSON")
     args = parser.parse_args()
     check_available()
@@ -110,8 +158,9 @@ def main() -> None:
     content = {**provenance(), **{k: str(v) for k, v in vars(args).items()}, "rows": []}
     del content["output"]
     for batch in args.batch:
-        work = Workload(batch, args.context, args.steps, {"attends": args.attends})
-        row = profile(loaded, work)
+        steps = 1 if args.prefill else args.steps
+        work = Workload(batch, args.context, steps, {"attends": args.attends})
+        row = (profile_prefill if args.prefill else profile)(loaded, work)
         content["rows"].append(row)
         args.output.write_text(json.dumps(content, indent=1) + "\n")
         print(json.dumps({k: v for k, v in row.items() if k != "kernels"}), flush=True)

@@ -55,7 +55,8 @@ def test_what_no_row_tells_is_not_measured():
     matmuls = list(goals.matmul_goals({"rows": []}))
     assert {g.found for g in matmuls} == {None} and len(matmuls) == 32 + 4 + 24
     speeds = list(goals.serving_goals({"rows": []}))
-    assert {g.found for g in speeds} == {None} and len(speeds) == 6
+    assert {g.found for g in speeds} == {None} and len(speeds) == 6 + 4
+    assert {g.found for g in goals.batching_goals({"compared": {}, "parts": {}})} == {None}
     times = list(goals.parallel_goals({"rows": []}))
     assert {g.found for g in times} == {None} and [g.limit for g in times] == [1.6, 2.6]
 
@@ -97,6 +98,23 @@ def test_several_gpus_are_compared_with_one():
     of_two, of_four = goals.parallel_goals({"rows": [one, two, slower]})
     assert of_two.found == pytest.approx(2**0.5) and of_two.excess > 0
     assert of_four.found is None
+
+
+def test_goals_of_the_engine_can_be_missed():
+    shape = {"batch": 256, "model": "llama3-8b", "gpus": 1, "input": 1024, "output": 512}
+    ours = shape | {"bench": "throughput", "precision": "w4a8kv4", "tokens_per_s": 20000.0}
+    ours |= {"weights_gib": 5.5, "kv_bytes_per_token": 34817, "peak_gib": 25.0}
+    other = ours | {"precision": "w16a16kv16", "peak_gib": 54.0}
+    found = [g for g in goals.serving_goals({"rows": [ours, other]}) if "memory" in g.kind]
+    assert [g.found for g in found] == [5.5, 34817, 25.0, 54 / 25]
+    step = {"batch": 1, "gaps": 0.09, "launches_per_layer": 11, "compile_s": 26.0}
+    found += goals.step_goals({"rows": [step]})
+    parts = {"prefixes": {"times_fewer": 19.0, "equal": 0.5}}
+    found += goals.batching_goals({"compared": {"of_static": 0.8}, "parts": parts})
+    first = {"process_seconds": 31.0, "compile_seconds": 61.0}
+    both = {"nothing compiled before": first, "all compiled before": first}
+    found += goals.first_token_goals(both)
+    assert len(found) == 12 and all(g.excess > 0 for g in found)
 
 
 def test_the_time_of_as_many_bytes():

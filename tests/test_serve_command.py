@@ -21,7 +21,8 @@ from transformers import AutoTokenizer
 import qserve_jax
 from qserve_jax import LLM, SamplingParams
 from qserve_jax._cli import use_chat_template
-from qserve_jax.serve import API_KEY_VARIABLE, main
+from qserve_jax.runtime.compile_time import compile_time
+from qserve_jax.serve import API_KEY_VARIABLE, build_parser, load, main
 
 openai = pytest.importorskip("openai", reason="needs the extra dev")
 sockets = pytest.importorskip("qserve_jax.server.process")
@@ -150,6 +151,17 @@ def test_time_that_runs_out(number, code):
         _, err = process.communicate(timeout=30)
         assert process.returncode == code
     assert KEY not in said + err  # nor with --debug
+
+
+def test_what_was_compiled_before_it_listens(capsys):
+    """Is all that requests need, whatever their length, temperature and limit."""
+    llm = load(build_parser().parse_args([*FLAGS, "--warm-up"]))
+    assert re.search(r" at once · compiled in \d+\.\d s\n$", capsys.readouterr().err)
+    before = compile_time.seconds
+    for tokens, temperature in ((3, 1.0), (20, 0.0), (40, 0.5), (70, 1.0), (140, 1.0)):
+        params = SamplingParams(max_tokens=5, temperature=temperature, stop=["."], seed=tokens)
+        llm.generate([[5] * tokens], params)
+    assert compile_time.seconds == before
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ import numpy as np
 
 from qserve_jax.benchmarks.serving_report import Row
 from qserve_jax.checkpoint import LoadedModel
-from qserve_jax.models import CausalLM
+from qserve_jax.models import CausalLM, prefill
 from qserve_jax.models.collectives import prepare_model, why_all_reduce
 from qserve_jax.models.sharding import P, axis_of, cache_spec, rank_config, ranks_of, shardings
 from qserve_jax.runtime import (
@@ -40,6 +40,8 @@ from qserve_jax.runtime.distributed import to_devices
 GIB = 2**30
 DECODE_STEPS = 64
 """Steps per call of the decode protocol, as in the engine."""
+FILL_TOKENS = 4096
+"""Of the prefill calls before it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +124,7 @@ def throughput(
 
 @dataclasses.dataclass
 class Decoding:
-    """`batch` sequences that have `input` tokens (zeros) in the cache and make `output` more.
+    """`batch` sequences that have `input` tokens in the cache and make `output` more.
 
     run(params, cache, state, steps) is jitted, and takes the cache.
     """
@@ -135,7 +137,11 @@ class Decoding:
 
 
 def make_decoding(loaded: LoadedModel, work: Workload) -> Decoding:
-    """Nothing is compiled yet. A call makes DECODE_STEPS steps, or `output` where that is less."""
+    """A call makes DECODE_STEPS steps, or `output` where that is less. It is not compiled yet.
+
+    Tokens are random, and what is in the cache is theirs: rows that are all alike, over a cache of
+    zeros, switch fewer transistors, and a GPU at its power limit runs them faster.
+    """
     backend, attends = work.settings.get("backend"), work.settings.get("attends", "full")
     model = loaded.model if backend is None else loaded.model.clone(backend=backend)
     params = prepare_model(model, loaded.params)
@@ -151,8 +157,9 @@ def make_decoding(loaded: LoadedModel, work: Workload) -> Decoding:
         mesh=model.mesh,
     )
     sampling, features = make_sampling_state([work.params] * b, [0] * b, pad_to=b)
+    prompts = jnp.asarray(work.prompts(loaded.config.vocab_size, 0), jnp.int32)
     state = DecodeState(
-        tokens=jnp.ones(b, jnp.int32),
+        tokens=prompts[:, -1],
         context_lens=jnp.full(b, work.input, jnp.int32),
         remaining=jnp.full(b, work.output, jnp.int32),
         block_table=jnp.arange(b * each, dtype=jnp.int32).reshape(b, each),
@@ -164,12 +171,35 @@ def make_decoding(loaded: LoadedModel, work: Workload) -> Decoding:
     loop = functools.partial(
         decode_loop, model, max_steps=steps, features=features, attends=attends
     )
-    options: dict[str, Any] = {}
-    if model.mesh is not None:  # of what goes in as of what comes out, or it compiles twice
-        state = to_devices(state, model.mesh)
-        places = cache_spec(axis_of(model.mesh)), P(), P()
+    if model.mesh is not None:
+        prompts, state = to_devices((prompts, state), model.mesh)
+    cache = _filled(model, params, cache, prompts, state, attends)
+    return Decoding(_jitted(loop, model, 3), params, cache, state, steps)
+
+
+def _jitted(function: Callable[..., Any], model: CausalLM, outputs: int) -> Callable[..., Any]:
+    """Of (params, cache, ...), which gives back the cache and others of so many outputs. On a mesh
+    they are placed as they came in, or it would compile twice."""
+    options: dict[str, Any] = {"donate_argnums": 1}
+    if model.mesh is not None:
+        places = cache_spec(axis_of(model.mesh)), *[P()] * (outputs - 1)
         options["out_shardings"] = shardings(places, model.mesh)
-    return Decoding(jax.jit(loop, donate_argnums=1, **options), params, cache, state, steps)
+    return jax.jit(function, **options)
+
+
+def _filled(
+    model: CausalLM, params: Any, cache: Any, prompts: jax.Array, state: DecodeState, attends: str
+) -> Any:
+    """The cache with the prompts, as many a call as divide the batch and FILL_TOKENS allows."""
+    b, tokens = prompts.shape
+    fit = [n for n in range(1, b + 1) if b % n == 0 and n * tokens <= FILL_TOKENS]
+    at_once = max(fit, default=1)
+    run = _jitted(functools.partial(prefill, model, attends=attends, cached_pages=0), model, 2)
+    for first in range(0, b, at_once):
+        rows = slice(first, first + at_once)
+        arrays = prompts[rows], state.block_table[rows], state.context_lens[rows]
+        cache, _ = run(params, cache, *arrays)
+    return cache
 
 
 def decode(loaded: LoadedModel, work: Workload, repeats: int = 3) -> Row:

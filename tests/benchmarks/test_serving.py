@@ -138,6 +138,19 @@ def test_decode_steps_start_from_a_full_cache():
     assert row["weights_gib"] * 2**30 == pytest.approx(nbytes(loaded.params))
 
 
+def test_what_is_decoded_is_as_random_as_text():
+    """No two sequences are alike, and every token of theirs is in the cache: what a GPU computes
+    over zeros takes it less power."""
+    work = serving.Workload(4, 40, 3, {"page_size": 16})
+    d = serving.make_decoding(dummy_model(TINY, QuantConfig()), work)
+    prompts = work.prompts(256, 0)
+    assert d.state.tokens.tolist() == [prompt[-1] for prompt in prompts]
+    pages = np.asarray(d.cache.pages).reshape(2, 4, 3, -1)  # layers, sequences, pages
+    assert len({page.tobytes() for page in pages.reshape(24, -1)}) == 24
+    _, _, out = d.run(d.params, d.cache, d.state, d.steps)
+    assert len({tuple(row) for row in np.asarray(out.tokens).tolist()}) == 4
+
+
 def test_bytes_of_shared_models_are_those_of_one_device(monkeypatch, capsys):
     """It has half of every kernel, of the embedding, the head and each page, and all of the norms
     and of the channel scales of o and down."""

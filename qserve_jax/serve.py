@@ -1,7 +1,8 @@
 """Serve a checkpoint over HTTP: `python -m qserve_jax.serve --model DIR`.
 
 OpenAI's API: /v1/completions, /v1/chat/completions, /v1/models, beside /health and /metrics
-(Prometheus). stdout stays empty; stderr says where it listens, and errors. SIGTERM and Ctrl-C let
+(Prometheus). stdout stays empty; stderr says where it listens, what the engine is doing while it
+works, every few seconds, and errors; with --quiet errors alone. SIGTERM and Ctrl-C let
 running requests finish for --grace seconds, while new ones get 503; a second one ends it at once.
 Exit codes: 0 after SIGTERM, 130 after Ctrl-C, 2 for wrong flags, 1 for any other error.
 """
@@ -18,6 +19,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import asyncio
+import logging
 import math
 import socket
 import sys
@@ -176,9 +178,17 @@ async def serve_llm(
     def ready() -> None:
         if not args.quiet:
             print(f"serving {name} on {where}/v1 (Ctrl-C stops)", file=sys.stderr, flush=True)
+            show_status()
 
     app = make_app(service, api_key)
     return await serve_app(app, service, bound, grace=args.grace, ready=ready, debug=args.debug)
+
+
+def show_status() -> None:
+    """The engine's line of status, which it logs while it works, on stderr."""
+    engine = logging.getLogger("qserve_jax.engine")
+    engine.addHandler(logging.StreamHandler(sys.stderr))
+    engine.setLevel(logging.INFO)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from qserve_jax.benchmarks.model_shapes import MODEL_CONFIGS
 from qserve_jax.benchmarks.provenance import provenance
 from qserve_jax.benchmarks.report import write_report
 from qserve_jax.checkpoint import LoadedModel
-from qserve_jax.runtime import RequestOutput, batch, engine, scheduler
+from qserve_jax.runtime import RequestOutput, batch, device_calls, engine, scheduler
 from qserve_jax.runtime.compile_time import compile_time
 
 PAGE = 64
@@ -195,11 +195,10 @@ def calls_of_a_full_batch(llm: LLM, longest: int) -> Iterator[None]:
     for each that may run, however few come."""
     rows = batch.power_of_two(llm.max_num_seqs)
     shape = llm.engine.scheduler.prefill_shapes(longest)[-1]
-    with mock.patch.multiple(
-        engine,
-        row_bucket=lambda wanted, previous: rows,
-        call_shape=lambda chunks: shape,
-        full_calls=lambda chunks: [chunks],
+    here = {"row_bucket": lambda wanted, previous: rows, "call_shape": lambda chunks: shape}
+    with (
+        mock.patch.multiple(device_calls, **here),
+        mock.patch.object(engine, "full_calls", lambda chunks: [chunks]),
     ):
         yield
 

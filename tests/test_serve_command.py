@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import http.client
+import logging
 import os
 import re
 import signal
@@ -22,7 +23,7 @@ import qserve_jax
 from qserve_jax import LLM, SamplingParams
 from qserve_jax._cli import use_chat_template
 from qserve_jax.runtime.compile_time import compile_time
-from qserve_jax.serve import API_KEY_VARIABLE, build_parser, load, main
+from qserve_jax.serve import API_KEY_VARIABLE, build_parser, load, main, show_status
 
 openai = pytest.importorskip("openai", reason="needs the extra dev")
 sockets = pytest.importorskip("qserve_jax.server.process")
@@ -151,6 +152,16 @@ def test_time_that_runs_out(number, code):
         _, err = process.communicate(timeout=30)
         assert process.returncode == code
     assert KEY not in said + err  # nor with --debug
+
+
+def test_the_engine_says_what_it_is_doing(capsys, monkeypatch):
+    log = logging.getLogger("qserve_jax.engine")
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "level", logging.WARNING)
+    show_status()
+    llm = LLM(DEMO, "w16a16kv16", dtype="float32", max_model_len=256, num_pages=4)
+    llm.generate([[5]], SamplingParams(max_tokens=2))
+    assert re.match(r"0 queued · 1 running · pages 1/4 · .* tok/s ", capsys.readouterr().err)
 
 
 def test_what_was_compiled_before_it_listens(capsys):

@@ -1,19 +1,19 @@
 """Engine: in-flight batching over the paged cache, many device steps per call.
 
-The host launches a call before it looks at what the last one brought, so that the device does not
-wait for it. Both keep what they need: the host knows every sequence as far as it has seen it, the
-device the last token of each (slots.py) and the cache. Batches are padded to few shapes, so that
-few programs are compiled.
+The host launches a call (device_calls.py) before it looks at what the last one brought, so that the
+device does not wait for it. Both keep what they need: the host knows every sequence as far as it
+has seen it, the device the last token of each (slots.py) and the cache.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -21,36 +21,18 @@ import jax
 import numpy as np
 
 from qserve_jax.models.llama import CausalLM
-from qserve_jax.models.sharding import P, axis_of, cache_spec, shardings
-from qserve_jax.quantization.qtensor import KVCache
-from qserve_jax.runtime.batch import (
-    Needs,
-    call_shape,
-    device_state,
-    full_calls,
-    needs_of,
-    pad_column,
-    pad_rows,
-    power_of_two,
-    powers_of_two,
-    row_bucket,
-    token_counts,
-)
+from qserve_jax.runtime.batch import full_calls
 from qserve_jax.runtime.compile_time import clock
-from qserve_jax.runtime.decode import DecodeState
+from qserve_jax.runtime.device_calls import MAX_DECODE_STEPS, DeviceCalls
 from qserve_jax.runtime.device_memory import held_bytes
-from qserve_jax.runtime.distributed import to_devices
 from qserve_jax.runtime.engine_stats import EngineStats, EngineStatus
-from qserve_jax.runtime.kv_cache import init_cache
 from qserve_jax.runtime.page_table import PagePool
 from qserve_jax.runtime.sampling import SampleOutput
 from qserve_jax.runtime.scheduler import Chunk, Plan, Scheduler
 from qserve_jax.runtime.sequence import Sequence, StreamOutput, take_logprobs
-from qserve_jax.runtime.slots import Live, decode_slots, make_live, prefill_slots
 from qserve_jax.runtime.turns import Turns
 from qserve_jax.runtime.warm_up import compile_programs
 
-MAX_DECODE_STEPS = 64
 WAITING_STEPS = 16
 """Decode steps per call while someone waits for a place."""
 SEQUENCES_PER_PLACE = 16
@@ -97,9 +79,7 @@ class Engine:
         attends: str,
         share_prefixes: bool,
     ):
-        self.model, self.params, self.attends = model, params, attends
         max_num_seqs = min(max_num_seqs, num_pages)  # each that runs has a page
-        self.kv_bits, self.max_num_seqs = kv_bits, max_num_seqs
         self.stats = EngineStats()
         self.pool = PagePool(num_pages, page_size)
         self.scheduler = Scheduler(
@@ -110,14 +90,15 @@ class Engine:
             salted=model.config.rope.rope_type == "dynamic",
             in_pieces=attends == "quantized",
         )
-        static = ("model", "features", "attends", "max_steps")
-        self._mesh = mesh = model.mesh
-        options: dict[str, Any] = {"donate_argnames": ("cache", "live")}
-        if mesh is not None:
-            places = cache_spec(axis_of(mesh)), P(), P()  # of cache, slots and what is made
-            options["out_shardings"] = shardings(places, mesh)
-        self._prefill = jax.jit(prefill_slots, static_argnames=static[:3], **options)
-        self._decode = jax.jit(decode_slots, static_argnames=static, **options)
+        self.device = DeviceCalls(
+            model,
+            params,
+            num_pages=num_pages,
+            page_size=page_size,
+            kv_bits=kv_bits,
+            max_num_seqs=max_num_seqs,
+            attends=attends,
+        )
         self._turns = Turns()
         self._in_order = True  # not while a turn is at work, nor after one that was interrupted
         self._taking: Sequence | None = None
@@ -128,40 +109,13 @@ class Engine:
         self._asking = threading.Lock()  # for the status, which any thread may
         self._recent: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
         self._last_done = self._logged = 0.0
-        self._cache: KVCache | None = None
-        self._live: Live | None = None
-        self._least = Needs()  # what programs are compiled for in any case
-        self._forget_shapes()
-        self._device_arrays()
+        self._step_seconds: float | None = None
 
     def _forget_shapes(self) -> None:
         """Nobody is here: the next shapes follow from who comes."""
-        self._needs, self._rows = self._least, 0
-        self._decoding: tuple[list[Sequence], jax.Array, DecodeState] | None = None
-        self._step_seconds: float | None = None
+        self.device.forget_shapes()
+        self._step_seconds = None
         self._watched.clear()
-        if self._live is not None and self._live.counts is not None:
-            self._live = None
-
-    def _device_arrays(self) -> tuple[KVCache, Live]:
-        """The cache and the slots, new ones where they were lost."""
-        if self._cache is None:
-            self._cache = init_cache(
-                self.model.config,
-                num_pages=self.pool.num_pages,
-                page_size=self.pool.page_size,
-                kv_bits=self.kv_bits,
-                dtype=self.params["embed"]["embedding"].dtype,
-                mesh=self._mesh,
-            )
-        counted = self._needs.features.penalties
-        if self._live is None or (self._live.counts is None and counted):
-            new = make_live(self.max_num_seqs, self.model.config.vocab_size if counted else None)
-            if self._live is not None:  # who runs already has no penalties, nor needs counts
-                new = dataclasses.replace(self._live, counts=new.counts)
-            placed: Live = to_devices(new, self._mesh)
-            self._live = placed
-        return self._cache, self._live
 
     # Who comes and goes, and whose turn it is.
 
@@ -193,7 +147,18 @@ class Engine:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the paged cache; of several devices, on one of them."""
-        return held_bytes(self._device_arrays()[0])
+        return held_bytes(self.device.arrays()[0])
+
+    def warm_up(self, longest: Sequence) -> None:
+        """Compile all that sequences need which may become no longer than this one, sample with no
+        more than it does and stop at no more ids, however many come, and whoever comes when. From
+        then on its needs are everybody's, so that nobody asks for other programs."""
+        kept: list[Any] = []
+        keep = functools.partial(self._orderly, lambda: kept.extend(self.device.keep(longest)))
+        while not self._turns.take(keep):
+            self._turns.wait()
+        shapes = self.scheduler.prefill_shapes(longest.total_len - 1)
+        compile_programs(self.device.programs(shapes, *kept))
 
     def _accept(self) -> None:
         """Take note of who has come and gone."""
@@ -201,7 +166,7 @@ class Engine:
             self._forget_shapes()
         while self._arrivals:
             sequence = self._arrivals[0]  # and there until it waits: a Ctrl-C loses nobody
-            self._needs |= self._needs_of(sequence)
+            self.device.expect(sequence)
             self.scheduler.waiting.append(sequence)
             if sequence.listener is not None:
                 self._watched.add(sequence)
@@ -252,7 +217,7 @@ class Engine:
     def _recover(self) -> None:
         """Everyone waits with nothing but its tokens. May itself be interrupted and begun anew."""
         self._calls.clear()
-        self._cache = self._live = self._decoding = None
+        self.device.forget_arrays()
         self.pool.clear()
         self.scheduler.preempt_all()
         if self._taking is not None:
@@ -303,123 +268,24 @@ class Engine:
 
     def _launch_prefill(self, chunks: Seq[Chunk]) -> None:
         launched, batch = clock(), [c.sequence for c in chunks]
-        # Fresh prompts that attend to themselves unquantised read no pages.
-        fresh = self.attends == "full" and all(c.start == 0 for c in chunks)
         promised = [(int(c.samples), int(c.samples)) for c in chunks]
-        operands = self._prefill_operands(chunks, *call_shape(chunks), self._needs, fresh=fresh)
-        out = self._call(self._prefill, *operands, features=self._needs.features)
+        out = self.device.prefill(chunks)
         self._calls.append(Call(batch, promised, out, True, launched))
         self.stats.prompt_tokens += sum(c.end - c.start for c in chunks)
 
-    def _prefill_operands(
-        self, chunks: Seq[Chunk], rows: int, width: int, needs: Needs, *, fresh: bool
-    ) -> tuple[Any, ...]:
-        """What `prefill_slots` takes from `slots` on: the chunks, padded."""
-        batch = [c.sequence for c in chunks]
-        # Only the last chunk of a sequence leaves something for decoding.
-        slots = [
-            s.slot if c.end == s.goal else self.max_num_seqs
-            for c, s in zip(chunks, batch, strict=True)
-        ]
-        tokens = [c.sequence.known[c.start : c.end] for c in chunks]
-        counts = None
-        if needs.features.penalties:
-            counts = token_counts(chunks, rows=rows, vocab_size=self.model.config.vocab_size)
-        lens = [c.end for c in chunks]
-        return (
-            pad_column(slots, rows, self.max_num_seqs),
-            pad_rows(tokens, rows, width, 0),
-            device_state(batch, rows=rows, needs=needs, lens=lens, counts=counts),
-            None if fresh else pad_column([c.end - c.start for c in chunks], rows),
-            np.asarray([c.samples for c in chunks] + [False] * (rows - len(chunks))),
-        )
-
     def _launch_decode(self, plan: Plan) -> None:
         launched, batch = clock(), plan.decoding
-        rows = self._rows = row_bucket(len(batch), self._rows)
-        slots, state = self._decode_arrays(batch, rows)
         waited_for = bool(self.scheduler.waiting)
-        yield_idle = self._yield_idle(rows - len(batch)) if waited_for else rows + 1
-        out = self._call(
-            self._decode,
-            slots,
-            state,
-            plan.steps,
-            yield_idle,
-            features=self._needs.features,
-            max_steps=MAX_DECODE_STEPS,
-        )
+        enough = self._places_wanted() if waited_for else None
+        out = self.device.decode(batch, plan.steps, enough)
         promised = [s.promise(1 if waited_for else plan.steps, plan.steps) for s in batch]
         self._calls.append(Call(batch, promised, out, False, launched))
 
-    def _yield_idle(self, padding: int) -> int:
-        """Idle rows of a decode call at which enough places are free, or sure to be."""
+    def _places_wanted(self) -> int:
+        """How many of a decode call must end for enough places to be free, or sure to be."""
         running = self.scheduler.running
         ending = sum(s.prefilled and s.steps_left <= 0 for s in running)
-        enough = max(1, len(running) // SEQUENCES_PER_PLACE)
-        return padding + max(0, enough - ending)
-
-    def _decode_arrays(self, batch: list[Sequence], rows: int) -> tuple[jax.Array, DecodeState]:
-        """Slots and state of a decode call. While nobody comes or goes, only pages change."""
-        if self._decoding is not None and self._decoding[0] == batch:
-            _, slots, state = self._decoding
-            table = pad_rows([s.pages for s in batch], rows, self._needs.columns, -1)
-            state = dataclasses.replace(state, block_table=to_devices(table, self._mesh))
-        else:
-            slots = pad_column([s.slot for s in batch], rows, self.max_num_seqs)
-            state = device_state(batch, rows=rows, needs=self._needs, lens=[0] * len(batch))
-            slots, state = to_devices((slots, state), self._mesh)
-        self._decoding = batch, slots, state
-        return slots, state
-
-    def _call(self, function: Any, *args: Any, **kwargs: Any) -> SampleOutput:
-        """Launch a function that is given the cache and the slots, and gives them back."""
-        cache, live = self._device_arrays()
-        self._cache, self._live, out = function(
-            self.model, self.params, cache, live, *args, attends=self.attends, **kwargs
-        )
-        return out
-
-    # Programs, before somebody needs them.
-
-    def warm_up(self, longest: Sequence) -> None:
-        """Compile all that sequences need which may become no longer than this one, sample with no
-        more than it does and stop at no more ids, however many come, and whoever comes when. From
-        then on its needs are everybody's, so that nobody asks for other programs."""
-        types: list[Any] = []
-
-        def keep() -> None:
-            self._least |= self._needs_of(longest)
-            self._needs |= self._least
-            types[:] = jax.tree.map(self._type_of, self._device_arrays())
-
-        while not self._turns.take(lambda: self._orderly(keep)):
-            self._turns.wait()
-        compile_programs(self._programs(longest.total_len, self._least, *types))
-
-    def _programs(
-        self, total_len: int, needs: Needs, cache: Any, live: Any
-    ) -> Iterator[jax.stages.Lowered]:
-        """Every prefill call that prompts of fewer than total_len tokens can make, of no sequence,
-        and every decode call, lowered; cache, live: the types of the arrays."""
-        fixed: dict[str, Any] = {"attends": self.attends, "features": needs.features}
-        for fresh in {False, self.attends == "full"}:
-            for rows, width in self.scheduler.prefill_shapes(total_len - 1):
-                operands = self._prefill_operands([], rows, width, needs, fresh=fresh)
-                yield self._prefill.lower(self.model, self.params, cache, live, *operands, **fixed)
-        fixed["max_steps"] = MAX_DECODE_STEPS
-        for rows in powers_of_two(1, power_of_two(self.max_num_seqs)):
-            slots = pad_column([], rows, self.max_num_seqs)
-            state = device_state([], rows=rows, needs=needs, lens=[])
-            operands = *to_devices((slots, state), self._mesh), 1, 1
-            yield self._decode.lower(self.model, self.params, cache, live, *operands, **fixed)
-
-    def _type_of(self, x: jax.Array) -> jax.ShapeDtypeStruct:
-        sharding = None if self._mesh is None else x.sharding
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    def _needs_of(self, sequence: Sequence) -> Needs:
-        return needs_of(sequence, self.pool.page_size, self.model.config.vocab_size)
+        return max(0, max(1, len(running) // SEQUENCES_PER_PLACE) - ending)
 
     # What calls bring.
 
@@ -449,7 +315,7 @@ class Engine:
         stats.decode_seconds += seconds
         stats.decode_steps += steps
         cached = [s.cached for s in call.batch]
-        window = self.model.config.sliding_window
+        window = self.device.model.config.sliding_window
         stats.attended_tokens += attended_tokens(cached, made, window)
 
     def _take(self, sequence: Sequence, out: Any, row: int, count: int, now: float) -> None:
@@ -459,7 +325,7 @@ class Engine:
         tokens, finite = out.tokens[row, :count].tolist(), out.finite[row, :count].tolist()
         for step in range(count):
             if not finite[step]:
-                sequence.fail(not_finite(sequence, self.params["embed"]["embedding"].dtype))
+                sequence.fail(not_finite(sequence, self.device.params["embed"]["embedding"].dtype))
                 break
             logprobs = take_logprobs(out, row, step, sequence.params)
             try:

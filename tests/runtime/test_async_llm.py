@@ -85,7 +85,7 @@ def test_what_a_call_raises_reaches_all_and_the_next_request_works(llm, expected
         raise MemoryError("no room")
 
     async def body(engine):
-        monkeypatch.setattr(llm.engine, "_prefill", broken)
+        monkeypatch.setattr(llm.engine.device, "_prefill", broken)
         tasks = [asyncio.create_task(engine.generate(p, PARAMS)) for p in PROMPTS[:3]]
         results = await asyncio.gather(*tasks, return_exceptions=True)
         monkeypatch.undo()

@@ -66,13 +66,13 @@ def test_pieces_of_a_prompt_in_the_rows_of_one_call_change_no_token(loaded, monk
     for piece in (256, 16):
         monkeypatch.setattr(scheduler, "PIECE", piece)
         llm = LLM(loaded, enable_prefix_caching=False, **settings)
-        prefill, shapes = llm.engine._prefill, []
+        prefill, shapes = llm.engine.device._prefill, []
 
         def watched(*args, prefill=prefill, shapes=shapes, **kwargs):
             shapes.append(args[5].shape)
             return prefill(*args, **kwargs)
 
-        monkeypatch.setattr(llm.engine, "_prefill", watched)
+        monkeypatch.setattr(llm.engine.device, "_prefill", watched)
         tokens.append([o.token_ids for o in llm.generate(prompts, params)])
         calls.append(shapes)
     assert tokens[0] == tokens[1]

@@ -63,7 +63,7 @@ def test_a_small_pool_serves_all_in_turn(exact, greedy):
 
 def compiled(llm) -> tuple[int, int]:
     """Programs compiled so far, of all LLMs: they share them."""
-    return llm.engine._prefill._cache_size(), llm.engine._decode._cache_size()
+    return llm.engine.device._prefill._cache_size(), llm.engine.device._decode._cache_size()
 
 
 def test_another_length_in_the_same_bucket_compiles_nothing(exact):
@@ -120,14 +120,14 @@ def test_an_interrupted_call_leaves_a_working_llm(exact, monkeypatch, when):
     expected = [llm.generate(prompt, params)[0].token_ids for prompt in PROMPTS[:2]]
     other = llm.stream(PROMPTS[1], params)
     heard = next(other).token_ids
-    decode = llm.engine._decode
+    decode = llm.engine.device._decode
 
     def interrupted(*args, **kwargs):
         if when == "after":
             decode(*args, **kwargs)  # the cache has been given away
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(llm.engine, "_decode", interrupted)
+    monkeypatch.setattr(llm.engine.device, "_decode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(PROMPTS[0], params)
     monkeypatch.undo()
@@ -444,9 +444,9 @@ def test_a_backend_that_cannot_run_is_refused_at_once():
 
 def test_the_cache_is_donated_to_every_call(llm):
     llm.generate([[5, 6]], SamplingParams(max_tokens=2))
-    before = llm.engine._cache.pages
+    before = llm.engine.device._cache.pages
     llm.generate([[5, 6]], SamplingParams(max_tokens=2))
-    assert before.is_deleted() and not llm.engine._cache.pages.is_deleted()
+    assert before.is_deleted() and not llm.engine.device._cache.pages.is_deleted()
 
 
 def test_every_token_is_read_as_the_cache_stores_it_by_default(exact):

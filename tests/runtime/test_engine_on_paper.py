@@ -38,9 +38,9 @@ class Paper:
     def __init__(self, llm: LLM, fails=lambda: False):
         self.engine, self.fails = llm.engine, fails
         self.cells = np.full((llm.pool.num_pages, llm.pool.page_size), -1)
-        self.last, self.length, self.left = np.zeros((3, llm.engine.max_num_seqs + 1), int)
-        llm.engine._prefill = self.prefill  # pyright: ignore[reportAttributeAccessIssue]
-        llm.engine._decode = self.decode  # pyright: ignore[reportAttributeAccessIssue]
+        self.last, self.length, self.left = np.zeros((3, llm.engine.device.max_num_seqs + 1), int)
+        llm.engine.device._prefill = self.prefill  # pyright: ignore[reportAttributeAccessIssue]
+        llm.engine.device._decode = self.decode  # pyright: ignore[reportAttributeAccessIssue]
 
     def place(self, table, position):
         size = self.cells.shape[1]
@@ -63,7 +63,7 @@ class Paper:
         table, ends = np.asarray(state.block_table), np.asarray(state.context_lens)
         counts = ends if query_lens is None else query_lens
         slots = np.asarray(slots)
-        owned = slots[slots < self.engine.max_num_seqs]
+        owned = slots[slots < self.engine.device.max_num_seqs]
         assert len(set(owned)) == len(owned), "rows of a call write to one slot, in whatever order"
         for row, count in enumerate(counts):  # all rows append before any reads
             for i in range(count):
@@ -73,7 +73,7 @@ class Paper:
             self.last[slot], self.length[slot] = state.tokens[row], ends[row]
             self.left[slot] = state.remaining[row]
             if samples[row]:
-                assert slot < self.engine.max_num_seqs and counts[row] > 0
+                assert slot < self.engine.device.max_num_seqs and counts[row] > 0
                 out[row] = self.choose(table[row], slot, state.stop_ids[row])
         return self.answer(cache, live, out)
 
@@ -172,7 +172,7 @@ def test_whatever_comes_and_goes(loaded, small_pieces, watched_is_checked, seed)
         for tokens, all_of_them in zip(told, wanted, strict=True):
             assert tokens == all_of_them[: len(tokens)]
         assert llm.engine.idle and llm.pool.free_pages == llm.pool.num_pages
-    assert sorted(llm.engine.scheduler._slots) == list(range(llm.engine.max_num_seqs))
+    assert sorted(llm.engine.scheduler._slots) == list(range(llm.engine.device.max_num_seqs))
 
 
 def test_max_tokens_none_goes_on_to_the_limit_of_the_model(loaded):
@@ -253,7 +253,7 @@ class Interrupts:
     """Raises KeyboardInterrupt when a line of the engine's host code is run for the first time, and
     again some lines later. Keeps the lines it has seen."""
 
-    FILES = ("engine.py", "scheduler.py", "page_table.py")
+    FILES = ("engine.py", "device_calls.py", "scheduler.py", "page_table.py")
 
     def __init__(self, line: tuple[str, int] | None, again: int):
         self.line, self.again, self.left, self.seen = line, again, 0, {}
@@ -416,7 +416,7 @@ def test_who_waits_gets_places_that_are_free_already(loaded, short, most):
 
 def test_places_are_no_more_than_pages(loaded):
     llm = LLM(loaded, num_pages=8, max_num_seqs=10**9)
-    assert llm.engine.max_num_seqs == 8
+    assert llm.engine.device.max_num_seqs == 8
 
 
 def test_thousands_may_wait(loaded):

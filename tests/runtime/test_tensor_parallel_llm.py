@@ -59,14 +59,17 @@ def test_a_float32_model_makes_the_tokens_of_one_device(exact, ranks):
 
 def test_the_cache_is_cut_by_heads_and_work_like_before_compiles_nothing(exact):
     for ranks in (2, 4):
-        pages = exact[ranks][0].engine._cache.pages
+        pages = exact[ranks][0].engine.device._cache.pages
         assert pages.shape[2] == max(2, ranks)
         assert {shard.data.shape[2] for shard in pages.addressable_shards} == {1}
     llm, _ = exact[2]
     llm.generate(*requests())  # other chunks than before, for prefixes are known now
-    before = llm.engine._prefill._cache_size(), llm.engine._decode._cache_size()
+    before = llm.engine.device._prefill._cache_size(), llm.engine.device._decode._cache_size()
     llm.generate(*requests())
-    assert before == (llm.engine._prefill._cache_size(), llm.engine._decode._cache_size())
+    assert before == (
+        llm.engine.device._prefill._cache_size(),
+        llm.engine.device._decode._cache_size(),
+    )
 
 
 def test_w4a8kv4_stays_within_what_rounding_differently_does():

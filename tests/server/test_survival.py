@@ -120,8 +120,8 @@ def test_the_engine_fails(served, llm, slow, monkeypatch, capfd):
         def broken(*args, **kwargs):
             raise MemoryError("no room")
 
-        monkeypatch.setattr(llm.engine, "_decode", broken)
-        monkeypatch.setattr(llm.engine, "_prefill", broken)
+        monkeypatch.setattr(llm.engine.device, "_decode", broken)
+        monkeypatch.setattr(llm.engine.device, "_prefill", broken)
         for chunks in open_streams:
             with pytest.raises(openai.APIError, match="engine failed: MemoryError: no room"):
                 list(chunks)

@@ -69,7 +69,7 @@ class Sweep:
 
 def run_sweep(sweep: Sweep, bench: Bench) -> None:
     """Measure what the report lacks."""
-    say_attends(bench.report)
+    say_what_was_timed(bench.report)
     find_ceilings(bench)
     for case in sweep.cases:
         make_paged.cache_clear()  # room for the baseline's copies
@@ -78,7 +78,8 @@ def run_sweep(sweep: Sweep, bench: Bench) -> None:
             for attends in ATTENDS if full else ATTENDS[:1]:
                 row = {"backend": backend, **case.place, "attends": attends}
                 measure = functools.partial(_decode, case, backend, attends, bench)
-                _guarded(bench, "rows", row, measure, {"config": _config(case, backend)})
+                how = {"config": _config(case, backend), "ordered": True}
+                _guarded(bench, "rows", row, measure, how)
     for backend in sweep.backends:
         for bits in sweep.kv_bits:
             for batch in sweep.append_batches:
@@ -99,11 +100,13 @@ def run_sweep(sweep: Sweep, bench: Bench) -> None:
                 _guarded(bench, "chunked_prefill", row, measure)
 
 
-def say_attends(report: Report) -> None:
+def say_what_was_timed(report: Report) -> None:
     """To rows from before they said it, what they were timed with."""
     for name, attends in (("prefill", "full"), ("chunked_prefill", "quantized")):
         for row in report[name]:
             row.setdefault("attends", attends)
+    for row in report["rows"]:
+        row.setdefault("ordered", "lengths" in row)  # whether an `order` was given
 
 
 def _sizes(heads: Heads) -> dict[str, Any]:
@@ -192,7 +195,6 @@ def _decode(case: Case, backend: str, attends: str, bench: Bench) -> dict[str, A
         "cudnn_bf16_us": baseline,
         "gbps": case.bytes_read / us / 1e3,
         "rel_err": error,
-        "ordered": True,
     }
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -193,13 +194,17 @@ def test_a_length_beyond_the_table(can_run, name, rng):
 
 @pytest.mark.parametrize("name", DECODE)
 @pytest.mark.parametrize("bits", [4, 8, 16])
-@pytest.mark.parametrize("rows", [64, 16, 1])
-def test_100_launches_give_the_same_bits(can_run, name, bits, rows, rng):
+@pytest.mark.parametrize(
+    ("rows", "h", "attends"),
+    [(64, 128, "full"), (16, 128, "full"), (1, 128, "full"), (64, 64, "quantized")],
+)
+def test_100_launches_give_the_same_bits(can_run, name, bits, rows, h, attends, rng):
     """Full blocks, several warpgroups, a cluster. A slot refilled too early shows as a few other
     outputs in some launches; between them others leave other shared memory."""
     can_run(name)
-    case = make_case(rng, rng.integers(900, 1024, rows), bits=bits, heads=16, kv_heads=4)
-    other = make_case(rng, [777], bits=bits, heads=16, kv_heads=4, rising=True)
+    sizes: dict[str, Any] = {"bits": bits, "heads": 16, "kv_heads": 4, "h": h, "attends": attends}
+    case = make_case(rng, rng.integers(900, 1024, rows), **sizes)
+    other = make_case(rng, [777], **sizes, rising=True)
     attend = jax.jit(functools.partial(paged_attention, backend=name), static_argnames=("attends",))
     same = jax.jit(lambda y, first: (y == first).all())
     first = attend(**case.arguments)

@@ -55,8 +55,8 @@ PARTS: dict[str, tuple[int, str]] = {
         gpu_tests("w4a8_gpu", "w4a8_layout", "ptx_gpu", "fused_elementwise")),
     "elementwise": (
         60, "python scripts/bench_elementwise.py --output {into}/h200_elementwise.json"),
-    "attention": (120, f"{ATTENTION} --backend mosaic_sm90"),
-    "attention mma": (150, f"{ATTENTION} --backend mosaic_mma"),
+    "attention": (400, f"{ATTENTION} --backend mosaic_sm90"),
+    "attention mma": (400, f"{ATTENTION} --backend mosaic_mma"),
     "attention sanitizer": (
         130, "python scripts/sanitize_kernels.py --seconds 120 --cases attention"),
     "prefill sanitizer": (
@@ -77,7 +77,7 @@ PARTS: dict[str, tuple[int, str]] = {
         240,
         f"{BENCH} latency {RANDOM_8B} --batch 256 --rate 8 16 28 --num-requests 300"
         " --save {into}/new_latency.json"),
-    "72b": (240, f"{BENCH} throughput {RANDOM_72B} --batch 256 --save {{into}}/new_72b.json"),
+    "72b": (400, f"{BENCH} throughput {RANDOM_72B} --batch 512 --save {{into}}/new_72b.json"),
     "profile": (
         60,
         "python scripts/profile_step.py --batch 1 64 256 --output {into}/h200_decode_step.json"),

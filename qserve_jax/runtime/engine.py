@@ -8,7 +8,6 @@ has seen it, the device the last token of each (slots.py) and the cache.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import threading
 import time
@@ -104,6 +103,7 @@ class Engine:
         self._taking: Sequence | None = None
         self._arrivals: deque[Sequence] = deque()
         self._cancelled: deque[Sequence] = deque()
+        self._to_keep: deque[tuple[Sequence, list[Any]]] = deque()  # of `warm_up`, and its answer
         self._watched: set[Sequence] = set()  # those with a listener that have not finished
         self._calls: deque[Call] = deque()
         self._asking = threading.Lock()  # for the status, which any thread may
@@ -154,9 +154,10 @@ class Engine:
         more than it does and stop at no more ids, however many come, and whoever comes when. From
         then on its needs are everybody's, so that nobody asks for other programs."""
         kept: list[Any] = []
-        keep = functools.partial(self._orderly, lambda: kept.extend(self.device.keep(longest)))
-        while not self._turns.take(keep):
-            self._turns.wait()
+        self._to_keep.append((longest, kept))  # for whose turn it is: ours may be long in coming
+        self.run_until(lambda: kept)
+        if isinstance(kept[0], Exception):
+            raise kept[0]
         shapes = self.scheduler.prefill_shapes(longest.total_len - 1)
         compile_programs(self.device.programs(shapes, *kept))
 
@@ -178,6 +179,13 @@ class Engine:
                 sequence.finish_reason = "abort"
                 self.scheduler.drop(sequence)
             self._cancelled.popleft()
+        while self._to_keep:
+            longest, kept = self._to_keep[0]
+            try:
+                kept[:] = self.device.keep(longest)
+            except Exception as error:  # for who asked, not for whose turn it is
+                kept[:] = [error]
+            self._to_keep.popleft()
         if not self.scheduler.running:  # nobody is left to whom a call could bring something
             self._calls.clear()
 
@@ -293,7 +301,8 @@ class Engine:
         """Wait for a call, and hand its tokens to its sequences."""
         out = jax.device_get(call.out)
         now = clock()
-        seconds, self._last_done = now - max(call.launched, self._last_done), now
+        seconds = max(now - max(call.launched, self._last_done), 0.0)  # others may have compiled
+        self._last_done = now
         made = (out.tokens >= 0).sum(axis=1)[: len(call.batch)]
         self._count(call, seconds, made)
         for row, (sequence, promised) in enumerate(zip(call.batch, call.promised, strict=True)):

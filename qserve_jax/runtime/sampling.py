@@ -326,12 +326,13 @@ def make_token_counts(
 def _token_blocks(
     sequences: Sequence[Sequence[int]], pad_to: int, vocab_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows and ids of all tokens, i32[TOKEN_BLOCK] each; row pad_to is padding."""
+    """Rows and ids of all tokens, i32[TOKEN_BLOCK] each; row pad_to is padding. At least one block:
+    who comes first, or warms up, compiles for all."""
     ids = np.fromiter(itertools.chain.from_iterable(sequences), np.int64)
     if bad := ids[(ids < 0) | (ids >= vocab_size)][:1].tolist():
         raise ValueError(f"token id {bad[0]} is not in [0, {vocab_size}): check the ids")
     rows = np.repeat(np.arange(len(sequences)), [*map(len, sequences)])
-    padding = 0, -ids.size % TOKEN_BLOCK
+    padding = 0, -ids.size % TOKEN_BLOCK if ids.size else TOKEN_BLOCK
     rows = np.pad(rows.astype(np.int32), padding, constant_values=pad_to)
     ids = np.pad(ids.astype(np.int32), padding)
     for start in range(0, ids.size, TOKEN_BLOCK):

@@ -25,7 +25,8 @@ class RequestOutput:
 
     token_ids holds everything generated, an end-of-sequence or stop token included; text ends
     before a stop string. finish_reason is "stop" or "length". Times are seconds from the call of
-    generate, compilation apart: time_to_first_token, and total_time to this sample's end.
+    generate, all compilation meanwhile apart, by whatever thread: time_to_first_token, and
+    total_time to this sample's end.
     """
 
     index: int
@@ -167,6 +168,8 @@ class Sequence:
 
     def output(self, start_time: float) -> RequestOutput:
         wants = self.params.logprobs is not None
+        # A program that another thread began to compile before us counts when it is done: in full.
+        first = max(self.first_token_time - start_time, 0.0)
         return RequestOutput(
             index=self.index,
             sample=self.sample,
@@ -175,8 +178,8 @@ class Sequence:
             token_ids=self.tokens,
             finish_reason=self.finish_reason or "length",
             logprobs=self.logprobs if wants else None,
-            time_to_first_token=self.first_token_time - start_time,
-            total_time=self.end_time - start_time,
+            time_to_first_token=first,
+            total_time=max(self.end_time - start_time, first),
         )
 
 

@@ -1,6 +1,7 @@
 """With attends="quantized" a request's tokens are its own: not chunking, sharing, preemption nor
 neighbours change them, and nothing is lost, said twice, or compiled anew."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,30 @@ def test_after_a_warm_up_nothing_is_compiled(loaded, monkeypatch, attends, piece
     assert llm.stats.preemptions > 0
     with pytest.raises(ValueError, match=r"max_len=129 must be an integer in 2\.\.128"):
         llm.warm_up(max_len=129)
+
+
+def test_requests_may_run_while_programs_are_compiled(loaded):
+    """Tokens are what they are, times leave compilation out, and penalties are warm too."""
+    settings: dict[str, Any] = SETTINGS | {"max_num_seqs": 2, "max_num_batched_tokens": 16}
+    llm, outputs, ended = LLM(loaded, **settings), [], threading.Event()
+    asked = [7] * 12, SamplingParams(max_tokens=9, ignore_eos=True)
+
+    def requests_all_the_time():
+        while not ended.is_set():
+            outputs.append(llm.generate(*asked)[0])
+
+    thread = threading.Thread(target=requests_all_the_time)
+    thread.start()
+    llm.warm_up(SamplingParams(repetition_penalty=1.2), max_len=40)
+    ended.set()
+    thread.join()
+    assert len({tuple(o.token_ids) for o in outputs}) == 1
+    assert min(o.time_to_first_token for o in outputs) >= 0
+    assert all(o.total_time >= o.time_to_first_token for o in outputs)
+    assert llm.stats.prefill_seconds >= 0 and llm.stats.decode_seconds >= 0
+    warm = compile_time.seconds
+    llm.generate([[5, 6]] * 3, SamplingParams(max_tokens=4, repetition_penalty=1.1))
+    assert compile_time.seconds == warm
 
 
 def test_streams_say_everything_once(loaded, alone):

@@ -59,7 +59,7 @@ from qserve_jax.pallas_kernels.w4a8_matmul.problem import INT32_SUMS
 from qserve_jax.quantization.qtensor import Array, W4PerGroup
 
 SHAPES, TOKENS = ((28672, 4096), (4096, 4096)), (16, 64, 256)
-OUTPUT = ROOT / "docs" / "results" / "h200_w4a8_ablation.json"
+OUTPUT = ROOT / "docs" / "results" / "h200_ablation.json"
 MATMULS = {"mma": mosaic_mma.matmul, "wgmma": mosaic_sm90.matmul}
 VARIANTS = {
     "mma": ("product", "no_reorder", "scalar", "scalar_unclamped"),

@@ -93,16 +93,16 @@ def matmul_goals(report: Row) -> Iterator[Goal]:
                 yield Goal("mosaic_mma, QServe's kernels, µs", what, limit, row.get("us"))
     for (backend, group_size, m, n, k), row in rows.items():
         what = f"{n}x{k} M={m}" + (" per channel" if group_size == -1 else "")
-        if backend != "mosaic_sm90":
-            continue
+        whose = "W4A8" if backend == "mosaic_sm90" else backend
         for name in ("bf16", "int8", "fp8"):
             other = row[f"{name}_us"]
             if name == "bf16" or m <= 256:
                 found = row["us"] if other else None
-                yield Goal(f"W4A8, {name} beside it, µs", what, other or math.nan, found)
+                yield Goal(f"{whose}, {name} beside it, µs", what, other or math.nan, found)
         grouped = rows.get((backend, 128, m, n, k))
         if group_size == -1 and grouped:
-            yield Goal("per channel, groups of 128, µs", what, grouped["us"], row["us"])
+            kind = f"{whose} per channel, groups of 128, µs"
+            yield Goal(kind, what, grouped["us"], row["us"])
 
 
 def _llama_limits() -> Iterator[tuple[tuple[int, int], int, float]]:

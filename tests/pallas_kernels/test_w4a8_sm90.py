@@ -481,40 +481,60 @@ def test_vmap_is_a_loop_over_one_kernel(name):
     assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("name", ["mosaic_sm90", "mosaic_mma"])
-@every_kind
-def test_shard_map_over_n_and_over_k(name, per_group, check_vma):
-    """Of two devices each has half the channels, or half the features: then the sums are added."""
-    x, w = shape_only(per_group, 64, 256, 512, layers=1)
+def sharded(x, w, backend: str, check_vma: bool) -> dict[str, Any]:
+    """The product of two devices, each of which has half the channels, or half the features: then
+    the sums are added. What a per-channel epilogue takes of x is of the features at hand."""
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     nothing = jax.tree.map(lambda _: P(), w)
     per_channel = {
         field: P(None, "d") for field in ("channel_scale", "scaled_zero") if hasattr(w, field)
     }
-
-    def program(run, specs, out_specs):
-        mapped = jax.shard_map(
-            run, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=check_vma
-        )
-        assert jax.eval_shape(mapped, x, w).shape == (64, 256)
-        return mosaic_module(lower(mapped, x, w))[1]
+    mapped = functools.partial(jax.shard_map, mesh=mesh, check_vma=check_vma)
 
     def over_n(x, w):
-        return w4a8_matmul(x, w, layer=0, backend=name)
+        return w4a8_matmul(x, w, layer=0, out_dtype=jnp.float32, backend=backend)
 
     def over_k(x, w):
-        y = w4a8_matmul(x, w, layer=0, out_dtype=jnp.float32, backend=name)
+        own = dataclasses.replace(x, code_sum=jnp.sum(x.codes, -1, dtype=jnp.int32))
+        y = w4a8_matmul(own, w, layer=0, out_dtype=jnp.float32, backend=backend)
         return jax.lax.psum(y, "d")
 
     channels = dataclasses.replace(nothing, codes=P(None, "d"), **per_channel)
-    half = program(over_n, (jax.tree.map(lambda _: P(), x), channels), P(None, "d"))
     features = dataclasses.replace(nothing, codes=P(None, None, "d"))
-    columns = dataclasses.replace(jax.tree.map(lambda _: P(), x), codes=P(None, "d"))
-    other = program(over_k, (columns, features), P())
-    words = 264 if per_group else 256
-    assert f"memref<1x2x4x4x{words}xi32" in half  # N/64, K/128
-    assert f"memref<1x4x2x4x{words}xi32" in other
+    if hasattr(w, "group_scale"):  # canonical: a kernel's scales lie beside its codes
+        groups = ("group_scale", "group_offset")
+        channels = dataclasses.replace(channels, **{name: P(None, "d") for name in groups})
+        features = dataclasses.replace(features, **{name: P(None, None, "d") for name in groups})
+    whole = jax.tree.map(lambda _: P(), x)
+    columns = dataclasses.replace(whole, codes=P(None, "d"))
+    return {
+        "n": mapped(over_n, in_specs=(whole, channels), out_specs=P(None, "d")),
+        "k": mapped(over_k, in_specs=(columns, features), out_specs=P()),
+    }
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", ["mosaic_sm90", "mosaic_mma"])
+@every_kind
+def test_a_kernel_of_a_shard_lowers(name, per_group, check_vma):
+    x, w = shape_only(per_group, 64, 256, 512, layers=1)
+    words, modules = 264 if per_group else 256, {}
+    for axis, run in sharded(x, w, name, check_vma).items():
+        assert jax.eval_shape(run, x, w).shape == (64, 256)
+        modules[axis] = mosaic_module(lower(run, x, w))[1]
+    assert f"memref<1x2x4x4x{words}xi32" in modules["n"]  # N/64, K/128
+    assert f"memref<1x4x2x4x{words}xi32" in modules["k"]
+
+
+@every_kind
+def test_products_of_shards_are_the_product(per_group, rng):
+    w = make_weight(per_group, rng, (1, 128, 512))
+    x = make_activation(rng, 16, 512)
+    expected = w4a8_matmul(x, w, layer=0, out_dtype=jnp.float32, backend="reference")
+    runs = sharded(x, w, "reference", True)
+    assert np.array_equal(runs["n"](x, w), expected)
+    error = jnp.linalg.norm(runs["k"](x, w) - expected) / jnp.linalg.norm(expected)
+    assert error < 1e-6  # the sums of two shards are rounded before they are added
 
 
 # Dispatch

@@ -45,7 +45,7 @@ def test_goals_of_matmuls():
         ("W4A8, Llama-3-8B, µs", "4096x4096 M=16", 5.0),
         ("W4A8, bf16 beside it, µs", "4096x4096 M=16", 5.0),
         ("W4A8, fp8 beside it, µs", "4096x4096 M=16", 5.0),
-        ("per channel, groups of 128, µs", "4096x4096 M=16 per channel", 5.5),
+        ("W4A8 per channel, groups of 128, µs", "4096x4096 M=16 per channel", 5.5),
     ]
     wanted = next(g for g in found if g.what == "4096x4096 M=16")
     assert wanted.limit == pytest.approx(3.5 + 4096**2 * 0.515625 / 3.9e6)

@@ -74,7 +74,7 @@ class Goal:
         """How far on the wrong side, relative to the limit; negative where it is met."""
         assert self.found is not None
         ratio = self.found / self.limit
-        return 1 / ratio - 1 if self.more else ratio - 1
+        return 1 - ratio if self.more else ratio - 1
 
 
 def matmul_goals(report: Row) -> Iterator[Goal]:

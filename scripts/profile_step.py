@@ -106,6 +106,7 @@ def profile_prefill(loaded: LoadedModel, work: Workload) -> dict[str, Any]:
     kernels = record(lambda: run(4))
     state = {name: statistics.median(values) for name, values in samples.items()}
     found = summary(kernels, seconds, 1, loaded.config.num_layers)
+    del found["launches_per_layer"]  # of many calls
     return {"batch": work.batch, "context": work.input, "gpu": state, **found}
 
 

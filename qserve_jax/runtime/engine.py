@@ -110,6 +110,7 @@ class Engine:
         self._recent: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
         self._last_done = self._logged = 0.0
         self._step_seconds: float | None = None
+        self._longest = 0  # that programs were compiled for beforehand
 
     def _forget_shapes(self) -> None:
         """Nobody is here: the next shapes follow from who comes."""
@@ -158,7 +159,8 @@ class Engine:
         self.run_until(lambda: kept)
         if isinstance(kept[0], Exception):
             raise kept[0]
-        shapes = self.scheduler.prefill_shapes(longest.total_len - 1)
+        self._longest = max(self._longest, longest.total_len)  # of a warm-up before, too
+        shapes = self.scheduler.prefill_shapes(self._longest - 1)
         compile_programs(self.device.programs(shapes, *kept))
 
     def _accept(self) -> None:

@@ -102,6 +102,10 @@ def test_after_a_warm_up_nothing_is_compiled(loaded, monkeypatch, attends, piece
         ]
     assert compile_time.seconds == warm
     assert llm.stats.preemptions > 0
+    llm.warm_up(SamplingParams(temperature=1.0, top_p=0.9), max_len=20)  # beside the first, for all
+    warm = compile_time.seconds
+    llm.generate([[7] * 99], SamplingParams(max_tokens=3, temperature=1.0, top_p=0.5, logprobs=1))
+    assert compile_time.seconds == warm
     with pytest.raises(ValueError, match=r"max_len=129 must be an integer in 2\.\.128"):
         llm.warm_up(max_len=129)
 

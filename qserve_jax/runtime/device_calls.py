@@ -44,7 +44,7 @@ class DeviceCalls:
     """Prefill and decode of sequences whose slots and pages are settled; for one thread at a time.
 
     model, params: as `prepare_for_backend` makes them. num_pages, page_size, kv_bits: the cache.
-    attends: see `paged_attention`.
+    max_num_seqs: slots. attends: see `paged_attention`.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class DeviceCalls:
     def forget_shapes(self) -> None:
         """Nobody is there: the next shapes follow from who comes."""
         self._needs, self._rows = self._least, 0
-        self._decoding: tuple[list[Sequence], jax.Array, DecodeState] | None = None
+        self._decoding: tuple[list[Sequence], Needs, jax.Array, DecodeState] | None = None
         if self._live is not None and self._live.counts is not None:
             self._live = None
 
@@ -161,15 +161,16 @@ class DeviceCalls:
 
     def _decode_operands(self, batch: list[Sequence], rows: int) -> tuple[jax.Array, DecodeState]:
         """Slots and state of a decode call. While nobody comes or goes, only pages change."""
-        if self._decoding is not None and self._decoding[0] == batch:
-            _, slots, state = self._decoding
-            table = pad_rows([s.pages for s in batch], rows, self._needs.columns, -1)
+        needs = self._needs
+        if self._decoding is not None and self._decoding[:2] == (batch, needs):
+            *_, slots, state = self._decoding
+            table = pad_rows([s.pages for s in batch], rows, needs.columns, -1)
             state = dataclasses.replace(state, block_table=to_devices(table, self._mesh))
         else:
             slots = pad_column([s.slot for s in batch], rows, self.max_num_seqs)
-            state = device_state(batch, rows=rows, needs=self._needs, lens=[0] * len(batch))
+            state = device_state(batch, rows=rows, needs=needs, lens=[0] * len(batch))
             slots, state = to_devices((slots, state), self._mesh)
-        self._decoding = batch, slots, state
+        self._decoding = batch, needs, slots, state
         return slots, state
 
     # Programs, before somebody needs them.

@@ -48,6 +48,16 @@ class CompileTime:
             self._spans.append((start_time, end_time))
             self.seconds += end_time - start_time
 
+    def seconds_without(self, start: float, end: float) -> float:
+        """Of the time between two times of `time.time()`, that in which nothing was compiled."""
+        seconds = end - start
+        with self._lock:
+            for began, ended in reversed(self._spans):
+                if ended <= start:
+                    break
+                seconds -= max(min(ended, end) - max(began, start), 0.0)
+        return max(seconds, 0.0)
+
     def add_event(self, event: str, **_: object) -> None:
         """Count requests and hits of the persistent cache."""
         self.cache_requests += event == _CACHE_REQUEST

@@ -2,6 +2,10 @@
 
 The cache and the slots lie on the device from call to call; every call takes both and gives them
 back. What a call's programs are compiled for beside its rows follows from who is there (`Needs`).
+
+Who launches a decode call waits until the device is done with it: XLA asks on the host after every
+step whether there is another. So a thread of its own launches, in order, and alone touches the
+cache and the slots.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -71,6 +76,7 @@ class DeviceCalls:
         self._decode = jax.jit(decode_slots, static_argnames=static, **options)
         self._cache: KVCache | None = None
         self._live: Live | None = None
+        self._launching = ThreadPoolExecutor(1, "qserve_jax launches")
         self._least = Needs()  # what programs are compiled for in any case
         self.forget_shapes()
         self.arrays()
@@ -79,15 +85,21 @@ class DeviceCalls:
         """Nobody is there: the next shapes follow from who comes."""
         self._needs, self._rows = self._least, 0
         self._decoding: tuple[list[Sequence], Needs, jax.Array, DecodeState] | None = None
-        if self._live is not None and self._live.counts is not None:
-            self._live = None
 
     def forget_arrays(self) -> None:
         """A call that was interrupted may have taken them with it."""
-        self._cache = self._live = self._decoding = None
+        self._decoding = None
+        self._launching.submit(self._forget)
+
+    def _forget(self) -> None:
+        self._cache = self._live = None
 
     def arrays(self) -> tuple[KVCache, Live]:
-        """The cache and the slots, new ones where they were lost."""
+        """The cache and the slots as the calls so far leave them."""
+        return self._launching.submit(self._arrays, self._needs.features.penalties).result()
+
+    def _arrays(self, counted: bool) -> tuple[KVCache, Live]:
+        """The cache and the slots, new ones where they were lost; token counts where asked for."""
         if self._cache is None:
             self._cache = init_cache(
                 self.model.config,
@@ -95,10 +107,9 @@ class DeviceCalls:
                 dtype=self.params["embed"]["embedding"].dtype,
                 mesh=self._mesh,
             )
-        counted = self._needs.features.penalties
-        if self._live is None or (self._live.counts is None and counted):
+        if self._live is None or (self._live.counts is not None) != counted:
             new = make_live(self.max_num_seqs, self.model.config.vocab_size if counted else None)
-            if self._live is not None:  # who runs already has no penalties, nor needs counts
+            if self._live is not None:  # who is there already has no penalties, nor needs counts
                 new = dataclasses.replace(self._live, counts=new.counts)
             placed: Live = to_devices(new, self._mesh)
             self._live = placed
@@ -111,26 +122,31 @@ class DeviceCalls:
     def _needs_of(self, sequence: Sequence) -> Needs:
         return needs_of(sequence, self._pages["page_size"], self.model.config.vocab_size)
 
-    # The calls. They return before the device is done.
+    # The calls. They return at once.
 
-    def prefill(self, chunks: Seq[Chunk]) -> SampleOutput:
+    def prefill(self, chunks: Seq[Chunk]) -> Future[SampleOutput]:
         """The chunks' tokens into the cache, and the first token of those that `sample`."""
         # Fresh prompts that attend to themselves unquantised read no pages.
         fresh = self.attends == "full" and all(c.start == 0 for c in chunks)
         operands = self._prefill_operands(chunks, *call_shape(chunks), self._needs, fresh=fresh)
         return self._call(self._prefill, *operands)
 
-    def decode(self, batch: list[Sequence], num_steps: int, enough: int | None) -> SampleOutput:
+    def decode(
+        self, batch: list[Sequence], num_steps: int, enough: int | None
+    ) -> Future[SampleOutput]:
         """At most num_steps steps; fewer where `enough` of the batch have ended (None: never)."""
         rows = self._rows = row_bucket(len(batch), self._rows)
         yield_idle = rows + 1 if enough is None else rows - len(batch) + enough
         operands = *self._decode_operands(batch, rows), num_steps, yield_idle
         return self._call(self._decode, *operands, max_steps=MAX_DECODE_STEPS)
 
-    def _call(self, function: Any, *operands: Any, **static: Any) -> SampleOutput:
-        """Launch a function that is given the cache and the slots, and gives them back."""
-        cache, live = self.arrays()
+    def _call(self, function: Any, *operands: Any, **static: Any) -> Future[SampleOutput]:
+        """Have a function launched that is given the cache and the slots, and gives them back."""
         static |= {"attends": self.attends, "features": self._needs.features}
+        return self._launching.submit(self._launch, function, operands, static)
+
+    def _launch(self, function: Any, operands: tuple[Any, ...], static: dict[str, Any]) -> Any:
+        cache, live = self._arrays(static["features"].penalties)
         self._cache, self._live, out = function(
             self.model, self.params, cache, live, *operands, **static
         )

@@ -1,7 +1,7 @@
 """LLM: batches, streams, stops and refusals, on the embedded demo model."""
 
 import dataclasses
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from qserve_jax import LLM, SamplingParams
 from qserve_jax.checkpoint import LoadedModel, load_model
 from qserve_jax.runtime.batch import pad_rows, token_counts
 from qserve_jax.runtime.engine import Call
-from qserve_jax.runtime.sampling import SampleOutput
 from qserve_jax.runtime.scheduler import Chunk
 from qserve_jax.runtime.sequence import RequestOutput
 
@@ -105,7 +104,7 @@ def test_a_call_that_made_nothing_is_no_measure_of_a_step(exact):
     sequence.listener = print
     engine.add([sequence])
     engine._accept()
-    call = Call([sequence], [(0, 64)], SampleOutput(jnp.zeros(1), jnp.ones(1)), False, 0.0)
+    call = Call([sequence], [(0, 64)], Future(), False, 0.0)
     engine._count(call, 4 * 0.1, np.asarray([4]))
     assert engine._most_steps() == 1
     engine._count(call, 1e-4, np.asarray([0]))
@@ -444,9 +443,10 @@ def test_a_backend_that_cannot_run_is_refused_at_once():
 
 def test_the_cache_is_donated_to_every_call(llm):
     llm.generate([[5, 6]], SamplingParams(max_tokens=2))
-    before = llm.engine.device._cache.pages
+    before, _ = llm.engine.device.arrays()
     llm.generate([[5, 6]], SamplingParams(max_tokens=2))
-    assert before.is_deleted() and not llm.engine.device._cache.pages.is_deleted()
+    after, _ = llm.engine.device.arrays()
+    assert before.pages.is_deleted() and not after.pages.is_deleted()
 
 
 def test_every_token_is_read_as_the_cache_stores_it_by_default(exact):

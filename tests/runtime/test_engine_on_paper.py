@@ -1,8 +1,10 @@
 """The engine before a device whose cache holds the tokens themselves, and whose next token is a
 hash of what a row's pages hold: who reads or writes another's page gets other tokens."""
 
+import itertools
 import random
 import sys
+import threading
 from collections import deque
 from typing import Any
 
@@ -401,6 +403,25 @@ def test_who_is_cancelled_within_the_last_step_goes(loaded):
     llm.engine.add([one, other])
     llm.engine.run_until(lambda: one.done)
     assert llm.engine.idle and llm.pool.free_pages == 22
+
+
+def test_tokens_are_read_while_the_next_call_runs(loaded):
+    """XLA holds on to whoever launches a decode call until the device is done with it."""
+    llm = LLM(loaded, num_pages=64, max_model_len=160, max_num_seqs=3)
+    heard, calls, in_time = threading.Event(), itertools.count(1), []
+
+    def third_call_is_slow() -> bool:
+        if next(calls) == 3:
+            in_time.append(heard.wait(timeout=30))
+        return False
+
+    Paper(llm, fails=third_call_is_slow)
+    (one,) = llm.sequences([[1, 2]], SamplingParams(max_tokens=150, ignore_eos=True))
+    one.listener = lambda piece: heard.set() if len(one.tokens) > 1 else None
+    one.streams = True
+    llm.engine.add([one])
+    run_through(llm)
+    assert in_time == [True] and one.tokens == expected([1, 2], one.params)
 
 
 @pytest.mark.parametrize("short, most", [(1, 70), (2, 80)])

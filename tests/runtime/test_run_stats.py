@@ -34,6 +34,17 @@ def test_spans_of_threads_count_once():
         assert compile_time.seconds == {2: 2, 3: 3, 4: 4, 6: 5, 7: 6.5, 8: 8}[end]
 
 
+def test_seconds_without_compiling():
+    compile_time = CompileTime()
+    for start, end in [(0, 2), (3, 5), (6, 9)]:
+        compile_time.add_span(TRACE, start, end)
+    assert compile_time.seconds_without(9, 11) == 2
+    assert compile_time.seconds_without(4, 10) == 1 + 1
+    assert compile_time.seconds_without(1, 7) == 1 + 1
+    assert compile_time.seconds_without(7, 8) == 0
+    assert compile_time.seconds_without(3, 2.5) == 0
+
+
 def test_clock_stands_still_while_jax_compiles():
     @jax.jit
     def inner(x):

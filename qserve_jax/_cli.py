@@ -183,11 +183,17 @@ def _fail(command: str, message: str, code: int) -> int:
     return code
 
 
+LESS_MEMORY = (
+    "lower --num-pages, --max-num-seqs or --max-model-len; where enough is free, but in pieces, "
+    "set XLA_PYTHON_CLIENT_ALLOCATOR=cuda_async"
+)
+
+
 def describe(error: Exception) -> str:
     """One line about an exception; its type is named where the message is not written for users."""
     message = (str(error).strip() or "no message").splitlines()[0]
     if "RESOURCE_EXHAUSTED" in message:
-        return f"{message}: lower --num-pages, --max-num-seqs or --max-model-len"
+        return f"{message}: {LESS_MEMORY}"
     if isinstance(error, (ValueError, OSError, NotImplementedError)):
         return message
     if isinstance(error, ModuleNotFoundError):

@@ -51,7 +51,8 @@ def run_raising(error, argv=()):
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nx"),
             1,
             "command: error: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.: lower "
-            "--num-pages, --max-num-seqs or --max-model-len",
+            "--num-pages, --max-num-seqs or --max-model-len; where enough is free, but in pieces, "
+            "set XLA_PYTHON_CLIENT_ALLOCATOR=cuda_async",
         ),
     ],
 )

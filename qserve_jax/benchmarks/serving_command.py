@@ -153,6 +153,7 @@ def measure(args: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
                 "attends": args.attends,
                 "lm_head_bits": args.lm_head_bits,
                 "xla_flags": os.environ.get("XLA_FLAGS") or None,
+                "allocator": os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR") or None,
                 "sums": os.environ.get("QSERVE_JAX_SUMS", "auto").replace("auto", "") or None,
                 **case,
                 **{name: getattr(args, name, None) for name in SETTINGS},

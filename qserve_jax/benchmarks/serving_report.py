@@ -8,12 +8,13 @@ kv_bytes_per_token and peak_gib are of the fullest one.
 compiled_s: seconds of the timed run that went into compiling, 0 where the warm-up met all shapes;
 otherwise that is its `problem`.
 prefill_wait_s, decode_wait_s: seconds that the host waited for each kind of call, in the order of
-their launches. That is no measure of either: where a launch blocks, or the host is late, seconds
-count for the call whose results it looks at next. Together they are the run. (`prefill_s` and
-`decode_s` of older rows are the same.)
+their launches. Where the host is late, seconds count for the call whose results it looks at next.
+Together they are the run. (`prefill_s` and `decode_s` of older rows are the same. Until e4477f7 the
+host was late by a whole decode call.)
 peak_gib is that of the process so far: for the peak of one case run that case alone.
 memory_limit_gib: what JAX may use of a device (`_cli.own_the_gpu`); what does not fit does not fit
-there. Rows of older commits had 75 % of the GPU and do not say so.
+there. Rows of older commits had 75 % of the GPU and do not say so. allocator: of the GPU's memory,
+null for JAX's own.
 
 A file may be continued at later commits: each row has the "commit" that measured it, and a case of
 another commit is measured again when its turn comes.
@@ -38,7 +39,7 @@ SETTINGS = (
 """Flags that change what is measured, as they were given."""
 KEY = (
     *("bench", "model", "precision", "group_size", "batch", "input", "output", "gpus", "rate"),
-    *("attends", "lm_head_bits", "xla_flags", "sums", *SETTINGS),
+    *("attends", "lm_head_bits", "xla_flags", "allocator", "sums", *SETTINGS),
 )
 """What tells cases apart."""
 COLUMNS = (

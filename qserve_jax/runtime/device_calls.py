@@ -101,12 +101,14 @@ class DeviceCalls:
     def _arrays(self, counted: bool) -> tuple[KVCache, Live]:
         """The cache and the slots, new ones where they were lost; token counts where asked for."""
         if self._cache is None:
-            self._cache = init_cache(
+            cache = init_cache(
                 self.model.config,
                 **self._pages,
                 dtype=self.params["embed"]["embedding"].dtype,
                 mesh=self._mesh,
             )
+            jax.block_until_ready(cache.pages)  # or too little memory shows in a call, later
+            self._cache = cache
         if self._live is None or (self._live.counts is not None) != counted:
             new = make_live(self.max_num_seqs, self.model.config.vocab_size if counted else None)
             if self._live is not None:  # who is there already has no penalties, nor needs counts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import os
 import secrets
 import time
@@ -12,6 +13,7 @@ from collections.abc import Generator
 from collections.abc import Sequence as Seq
 from typing import Any
 
+import jax
 import numpy as np
 
 from qserve_jax.checkpoint import LoadedModel, load_model
@@ -31,6 +33,8 @@ from qserve_jax.runtime.page_table import PagePool
 from qserve_jax.runtime.prompts import Prompt, as_prompt_list, encode_prompt
 from qserve_jax.runtime.sampling_params import SamplingParams, validate_vocab
 from qserve_jax.runtime.sequence import RequestOutput, Sequence, StreamOutput
+
+log = logging.getLogger("qserve_jax.llm")
 
 MAX_PAGE_SIZE = 4096
 MAX_NUM_BATCHED_TOKENS = 8192
@@ -138,6 +142,7 @@ class LLM:
         self.max_model_len = longest if max_model_len is None else max_model_len
         self._seeds = itertools.count(agreed(secrets.randbits(32)) if seed is None else seed)
         kv_bits = self.quant_config.kv_bits
+        least = num_pages
         if num_pages is None:
             pages = default_num_pages(
                 self.config,
@@ -149,12 +154,15 @@ class LLM:
                 mesh=self.model.mesh,
             )
             num_pages = agreed(pages)
+        if least is None:
+            least = max(num_pages // 5, 1) if jax.process_count() == 1 else num_pages
         if enable_prefix_caching is None:
             enable_prefix_caching = attends == "quantized" or kv_bits == 16
-        self.engine = Engine(
-            self.model,
-            self.params,
-            num_pages=num_pages,
+        self.engine = _engine_that_fits(
+            num_pages,
+            least,
+            model=self.model,
+            params=self.params,
             page_size=page_size,
             kv_bits=kv_bits,
             max_num_seqs=max_num_seqs,
@@ -323,6 +331,24 @@ class LLM:
             )
             for sample in range(params.n)
         ]
+
+
+def _engine_that_fits(num_pages: int, least: int, **settings: Any) -> Engine:
+    """An `Engine` of `num_pages`, or fewer, down to `least`, where no piece of the free memory
+    holds them: a large model's weights leave it in pieces."""
+    while True:
+        try:
+            return Engine(num_pages=num_pages, **settings)
+        except jax.errors.JaxRuntimeError as error:
+            fewer = num_pages * 4 // 5
+            if "RESOURCE_EXHAUSTED" not in str(error) or fewer < least:
+                raise
+        log.warning(
+            "no piece of the free memory holds %d pages: trying %d (environment variable "
+            "XLA_PYTHON_CLIENT_ALLOCATOR=cuda_async joins the pieces)",
+            *(num_pages, fewer),
+        )
+        num_pages = fewer
 
 
 def errors(sequences: Seq[Sequence]) -> list[Exception]:

@@ -13,8 +13,10 @@ import pytest
 import qserve_jax
 from qserve_jax import LLM, SamplingParams
 from qserve_jax.checkpoint import LoadedModel, load_model
+from qserve_jax.runtime import device_calls
 from qserve_jax.runtime.batch import pad_rows, token_counts
 from qserve_jax.runtime.engine import Call
+from qserve_jax.runtime.kv_cache import init_cache
 from qserve_jax.runtime.scheduler import Chunk
 from qserve_jax.runtime.sequence import RequestOutput
 
@@ -432,6 +434,27 @@ def test_a_loaded_model_takes_the_backend_it_is_given(exact, monkeypatch):
     llm = LLM(exact, num_pages=4, backend="mosaic_sm90")
     with pytest.raises(NotImplementedError, match="mosaic_sm90"):
         llm.generate([5, 6], SamplingParams(max_tokens=2))
+
+
+def test_a_cache_that_no_piece_of_memory_holds_gets_fewer_pages(exact, monkeypatch, caplog):
+    asked = []
+
+    def pieces_of_40_pages(*args, num_pages, **kwargs):
+        asked.append(num_pages)
+        if num_pages > 40:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return init_cache(*args, num_pages=num_pages, **kwargs)
+
+    monkeypatch.setattr(device_calls, "init_cache", pieces_of_40_pages)
+    llm = LLM(exact, max_model_len=64, max_num_seqs=64)
+    assert asked == [64, 51, 40] and llm.pool.num_pages == 40
+    assert "holds 51 pages: trying 40" in caplog.text and "ALLOCATOR=cuda_async" in caplog.text
+    assert llm.generate("The cat", SamplingParams(max_tokens=3))[0].token_ids
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        LLM(exact, num_pages=41)  # not fewer than was asked for
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        LLM(exact, max_model_len=64, max_num_seqs=256)
+    assert min(asked) == 40
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU may run it")

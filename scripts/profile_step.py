@@ -5,7 +5,8 @@
 
 Random weights. Per step and batch: milliseconds of matmuls, attention, small kernels of the layers,
 head and sampling; what of the wall time no kernel ran (gaps); launches; every kernel's count and
-microseconds. The wall time is the fastest of three calls that are not recorded.
+microseconds. The wall time is that of the calls right before and after the recorded one, after
+some seconds of others: under load a GPU may slow down. gaps is null where kernels took longer.
 
 --prefill: the same of all prompts of a batch, as the engine computes them (one "step"), and the
 GPU's clock and power meanwhile, as nvidia-smi tells them.
@@ -15,12 +16,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import statistics
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,9 @@ GROUPS = {
 """Of our own kernels' names; what else runs is XLA's: head, sampling and the loops."""
 
 
+WARM_SECONDS = 2.0
+
+
 def group_of(name: str) -> str:
     return next((group for part, group in GROUPS.items() if part in name), "head and rest")
 
@@ -64,10 +69,11 @@ def summary(
         groups[group_of(name)] += us / steps / 1e3
     kernel_ms = sum(groups.values())
     step_ms = 1e3 * seconds / steps
+    gaps = 1 - kernel_ms / step_ms
     return {
         "step_ms": step_ms,
         "kernel_ms": kernel_ms,
-        "gaps": 1 - kernel_ms / step_ms,
+        "gaps": gaps if gaps >= 0 else None,
         "groups_ms": dict(groups),
         "launches_per_layer": sum(n // (steps * layers) for n in count.values()),
         "launches_per_step": len(kernels) / steps,
@@ -83,9 +89,7 @@ def profile(loaded: LoadedModel, work: Workload) -> dict[str, Any]:
     start = time.perf_counter()
     run = d.run.lower(d.params, d.cache, d.state, d.steps).compile()  # pyright: ignore
     compile_seconds = time.perf_counter() - start
-    once(run, d)
-    seconds = min(once(run, d) for _ in range(3))
-    kernels = record(lambda: launch(run, d))
+    kernels, seconds = recorded(lambda: launch(run, d))
     found = summary(kernels, seconds, d.steps, loaded.config.num_layers)
     return {"batch": work.batch, "context": work.input, "compile_s": compile_seconds, **found}
 
@@ -94,16 +98,13 @@ def profile_prefill(loaded: LoadedModel, work: Workload) -> dict[str, Any]:
     """`work.output` is 1: the token that prefill chooses."""
     llm, vocab = make_llm(loaded, work), loaded.config.vocab_size
 
-    def run(number: int) -> float:
-        prompts, start = work.prompts(vocab, number), time.perf_counter()
-        llm.generate(prompts, work.params)
-        return time.perf_counter() - start
-
-    run(0)
+    each = itertools.count()  # other prompts in each run, so that none finds its prefix
+    llm.generate(work.prompts(vocab, next(each)), work.params)  # compiles
     samples: dict[str, list[float]] = {}
     with gpu_state(samples):
-        seconds = min(run(number) for number in (1, 2, 3))
-    kernels = record(lambda: run(4))
+        kernels, seconds = recorded(
+            lambda: llm.generate(work.prompts(vocab, next(each)), work.params)
+        )
     state = {name: statistics.median(values) for name, values in samples.items()}
     found = summary(kernels, seconds, 1, loaded.config.num_layers)
     del found["launches_per_layer"]  # of many calls
@@ -135,10 +136,19 @@ def launch(run: Any, d: Decoding) -> Any:
     return d.cache, rest
 
 
-def once(run: Any, d: Decoding) -> float:
+def timed(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
-    jax.block_until_ready(launch(run, d))
+    jax.block_until_ready(call())
     return time.perf_counter() - start
+
+
+def recorded(call: Callable[[], Any]) -> tuple[list[tuple[str, float]], float]:
+    """Kernels of a call (name, microseconds), and the seconds that such calls take."""
+    start = time.perf_counter()
+    while time.perf_counter() - start < WARM_SECONDS:
+        timed(call)
+    before, kernels, after = timed(call), record(call), timed(call)
+    return kernels, (before + after) / 2
 
 
 def main() -> None:

@@ -197,6 +197,7 @@ def test_where_a_step_goes(script):
     expected = {"matmul": 0.020, "small": 0.002, "head and rest": 0.008}
     assert found["groups_ms"] == pytest.approx(expected)
     assert (found["launches_per_layer"], found["launches_per_step"]) == (2, 6)
+    assert profile_step.summary(kernels, 50e-6, 2, 2)["gaps"] is None
     assert found["kernels"][0] == {"name": "w4a8_matmul_g128", "per_step": 2, "us": 10}
 
 
@@ -206,10 +207,20 @@ def test_a_decoding_can_be_launched_again(script):
     loaded = dummy_model(TINY, QuantConfig())
     work = profile_step.Workload(2, 40, 3, {"page_size": 16})
     d = profile_step.make_decoding(loaded, work)
-    assert profile_step.once(d.run, d) > 0
+    assert profile_step.timed(lambda: profile_step.launch(d.run, d)) > 0
     _, (state, out) = profile_step.launch(d.run, d)
     assert out.tokens.shape == (2, 3) and (out.tokens >= 0).all()
     assert state.context_lens.tolist() == [43, 43]
+
+
+def test_a_recorded_call_is_timed_by_its_neighbours(script, monkeypatch):
+    profile_step = script("profile_step")
+    calls, times = [], iter([0.1, 0.3])
+    monkeypatch.setattr(profile_step, "WARM_SECONDS", 0)
+    monkeypatch.setattr(profile_step, "timed", lambda call: (call(), next(times))[1])
+    monkeypatch.setattr(profile_step, "record", lambda call: [call(), ("kernel", 1.0)][1:])
+    kernels, seconds = profile_step.recorded(lambda: calls.append(1))
+    assert kernels == [("kernel", 1.0)] and seconds == pytest.approx(0.2) and len(calls) == 3
 
 
 def test_load_time(script):

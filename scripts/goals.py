@@ -71,8 +71,10 @@ class Goal:
 
     @property
     def excess(self) -> float:
-        """How far on the wrong side, relative to the limit; negative where it is met."""
+        """How far on the wrong side, relative to the limit (to 1 if that is 0); negative if met."""
         assert self.found is not None
+        if not self.limit:
+            return self.found
         ratio = self.found / self.limit
         return 1 - ratio if self.more else ratio - 1
 
@@ -231,6 +233,10 @@ def batching_goals(report: Row) -> Iterator[Goal]:
     speed, same = found.get("of_static"), prefixes.get("equal")
     kind = "2 000 requests under preemption"
     yield Goal(kind, "share of a static run's tokens/s", 0.85, speed, more=True)
+    pool = report["parts"].get("small pool", {})
+    yield Goal(kind, "preemptions", 1, pool.get("preemptions"), more=True)
+    wrong = len(report["failures"]) if "failures" in report else None
+    yield Goal(kind, "lost, cut short, pages kept, compiled", 0, wrong)
     kind = "64 requests that share 2048 tokens"
     fewer = prefixes.get("times_fewer")
     yield Goal(kind, "times fewer tokens prefilled", 20, fewer, more=True)
@@ -282,7 +288,7 @@ def table(goals: list[Goal], *, all_of_them: bool) -> str:
 
 
 def _number(x: float) -> str:
-    return f"{x:.1e}" if x < 0.01 else f"{x:.1f}" if x < 1000 else f"{x:.0f}"
+    return f"{x:.1e}" if 0 < x < 0.01 else f"{x:.1f}" if x < 1000 else f"{x:.0f}"
 
 
 def main(argv: list[str] | None = None) -> int:

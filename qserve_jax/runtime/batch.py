@@ -15,6 +15,7 @@ from qserve_jax.runtime.decode import DecodeState
 from qserve_jax.runtime.sampling import (
     SamplingFeatures,
     TokenCounts,
+    bias_width,
     join_features,
     make_token_counts,
     penalizes,
@@ -66,17 +67,19 @@ def prompt_bucket(length: int) -> int:
 @dataclasses.dataclass(frozen=True)
 class Needs:
     """What the programs of a batch are compiled for, beside its rows: what is sampled, pages of the
-    longest length that anybody may reach (columns of the block table), stop ids."""
+    longest length that anybody may reach (columns of the block table), stop ids, logit biases."""
 
     features: SamplingFeatures = SamplingFeatures()  # noqa: RUF009 (frozen)
     columns: int = 0
     stops: int = MIN_STOPS_BUCKET
+    biases: int = 0
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
             join_features(self.features, other.features),
             max(self.columns, other.columns),
             max(self.stops, other.stops),
+            max(self.biases, other.biases),
         )
 
 
@@ -86,6 +89,7 @@ def needs_of(sequence: Sequence, page_size: int, vocab_size: int) -> Needs:
         bucket_features(sampling_features([sequence.params]), vocab_size),
         power_of_two(-(-sequence.total_len // page_size), MIN_PAGES_BUCKET),
         power_of_two(len(sequence.stop_ids), MIN_STOPS_BUCKET),
+        bias_width(len(sequence.params.logit_bias or ())),
     )
 
 
@@ -154,5 +158,6 @@ def device_state(
         "rope_lens": pad_column([s.total_len for s in batch], rows),
         "stop_ids": pad_rows([s.stop_ids for s in batch], rows, needs.stops, -1),
     }
-    sampling = sampling_arrays([s.params for s in batch], [s.seed for s in batch], pad_to=rows)
+    params, seeds = [s.params for s in batch], [s.seed for s in batch]
+    sampling = sampling_arrays(params, seeds, pad_to=rows, biases=needs.biases)
     return DecodeState(**fields, sampling=sampling, counts=counts)

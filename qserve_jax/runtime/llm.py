@@ -192,9 +192,9 @@ class LLM:
           those of temperature 1, and none that ask for no penalties need others than those that do;
           the default SamplingParams(). From now on all calls pay for it.
 
-        Requests that need more (longer, with log-probabilities where none were named, or with a
-        `logit_bias`, which no warm-up covers) compile as they come, and while one is here calls of
-        all do. May run beside requests of other threads. Raises ValueError on an unusable max_len.
+        Requests that need more (longer, with log-probabilities where none were named, or a longer
+        `logit_bias`) compile as they come, and while one is here calls of all do. May run beside
+        requests of other threads. Raises ValueError on an unusable max_len.
         """
         start, most = time.perf_counter(), self.pool.num_pages * self.pool.page_size
         most = min(self.max_model_len, most)

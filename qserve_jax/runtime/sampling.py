@@ -226,9 +226,9 @@ _floats = operator.attrgetter(*FLOATS)
 
 
 def sampling_arrays(
-    params: Sequence[SamplingParams], seeds: Sequence[int], *, pad_to: int
+    params: Sequence[SamplingParams], seeds: Sequence[int], *, pad_to: int, biases: int = 0
 ) -> SamplingState:
-    """The state of `make_sampling_state`, of numpy arrays."""
+    """The state of `make_sampling_state`, of numpy arrays; room for `biases` a row at least."""
     if len(seeds) != len(params):
         raise ValueError(f"{len(params)} params but {len(seeds)} seeds: pass one seed per request")
     if len(params) > pad_to:
@@ -239,7 +239,7 @@ def sampling_arrays(
     rows = [*params, *[NEUTRAL] * padding]
     words = np.array([*seeds, *[0] * padding], np.uint64)
     floats = np.array([_floats(row) for row in rows], np.float32).reshape(pad_to, len(FLOATS))
-    bias_ids, bias_values = _bias_arrays([row.logit_bias or {} for row in rows])
+    bias_ids, bias_values = _bias_arrays([row.logit_bias or {} for row in rows], biases)
     fields: Any = dict(
         **dict(zip(FLOATS, floats.T, strict=True)),
         top_k=np.array([min(row.top_k, 2**31 - 1) for row in rows], np.int32),
@@ -250,10 +250,14 @@ def sampling_arrays(
     return SamplingState(**fields)
 
 
-def _bias_arrays(biases: Sequence[dict[int, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """i32[B, n] ids (-1 = none) and f32[B, n] values, n the next power of two, or 0."""
-    most = max(map(len, biases), default=0)
-    width = 1 << (most - 1).bit_length() if most else 0
+def bias_width(count: int) -> int:
+    """Room for so many biases: a power of two, or 0."""
+    return 1 << (count - 1).bit_length() if count else 0
+
+
+def _bias_arrays(biases: Sequence[dict[int, float]], least: int) -> tuple[np.ndarray, np.ndarray]:
+    """i32[B, n] ids (-1 = none) and f32[B, n] values, n at least `least`."""
+    width = max(least, bias_width(max(map(len, biases), default=0)))
     ids = np.full((len(biases), width), -1, np.int32)
     values = np.zeros((len(biases), width), np.float32)
     if not width:

@@ -111,7 +111,7 @@ def test_after_a_warm_up_nothing_is_compiled(loaded, monkeypatch, attends, piece
 
 
 def test_requests_may_run_while_programs_are_compiled(loaded):
-    """Tokens are what they are, times leave compilation out, and penalties are warm too."""
+    """Tokens are what they are, times leave compilation out; penalties and biases are warm too."""
     settings: dict[str, Any] = SETTINGS | {"max_num_seqs": 2, "max_num_batched_tokens": 16}
     llm, outputs, ended = LLM(loaded, **settings), [], threading.Event()
     asked = [7] * 12, SamplingParams(max_tokens=9, ignore_eos=True)
@@ -122,7 +122,8 @@ def test_requests_may_run_while_programs_are_compiled(loaded):
 
     thread = threading.Thread(target=requests_all_the_time)
     thread.start()
-    llm.warm_up(SamplingParams(repetition_penalty=1.2), max_len=40)
+    bias = {5: 1.0, 6: 1.0, 7: 1.0}
+    llm.warm_up(SamplingParams(repetition_penalty=1.2, logit_bias=bias), max_len=40)
     ended.set()
     thread.join()
     assert len({tuple(o.token_ids) for o in outputs}) == 1
@@ -131,6 +132,8 @@ def test_requests_may_run_while_programs_are_compiled(loaded):
     assert llm.stats.prefill_seconds >= 0 and llm.stats.decode_seconds >= 0
     warm = compile_time.seconds
     llm.generate([[5, 6]] * 3, SamplingParams(max_tokens=4, repetition_penalty=1.1))
+    mixed = [SamplingParams(max_tokens=4, logit_bias=some) for some in (None, {9: 2.0}, bias)]
+    llm.generate([[5, 6]] * 3, mixed)
     assert compile_time.seconds == warm
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import logging
 import os
 import secrets
 import time
+import warnings
 from collections import deque
 from collections.abc import Generator
 from collections.abc import Sequence as Seq
@@ -33,8 +33,6 @@ from qserve_jax.runtime.page_table import PagePool
 from qserve_jax.runtime.prompts import Prompt, as_prompt_list, encode_prompt
 from qserve_jax.runtime.sampling_params import SamplingParams, validate_vocab
 from qserve_jax.runtime.sequence import RequestOutput, Sequence, StreamOutput
-
-log = logging.getLogger("qserve_jax.llm")
 
 MAX_PAGE_SIZE = 4096
 MAX_NUM_BATCHED_TOKENS = 8192
@@ -343,10 +341,10 @@ def _engine_that_fits(num_pages: int, least: int, **settings: Any) -> Engine:
             fewer = num_pages * 4 // 5
             if "RESOURCE_EXHAUSTED" not in str(error) or fewer < least:
                 raise
-        log.warning(
-            "no piece of the free memory holds %d pages: trying %d (environment variable "
-            "XLA_PYTHON_CLIENT_ALLOCATOR=cuda_async joins the pieces)",
-            *(num_pages, fewer),
+        warnings.warn(
+            f"no piece of the free memory holds {num_pages} pages: trying {fewer} (environment "
+            "variable XLA_PYTHON_CLIENT_ALLOCATOR=cuda_async joins the pieces)",
+            stacklevel=3,
         )
         num_pages = fewer
 

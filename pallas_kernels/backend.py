@@ -120,6 +120,13 @@ def _check_arrays(kind: Any, said: str, cure: str, arrays: dict[str, Any]) -> No
             raise ValueError(f"{name} is {x.dtype}, which is no {said}: cast it to {cure}")
 
 
+def check_given(**arrays: Any) -> None:
+    """ValueError where one is None."""
+    for name, x in arrays.items():
+        if x is None:
+            raise ValueError(f"{name} is None: give an array")
+
+
 def check_integers(**arrays: Any) -> None:
     """ValueError unless all that are given are arrays of integers."""
     _check_arrays(jnp.integer, "integer", "int32", arrays)

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,13 +48,17 @@ def run_tests(expression: str, tests: Sequence[str], flags: str, processes: int,
     return subprocess.call(command, cwd=ROOT, env=os.environ | more)
 
 
-def counts(folder: Path) -> dict[str, dict[str, int]]:
-    """Passed, failed and skipped tests of each file."""
-    files: dict[str, Counter[str]] = defaultdict(Counter)
+def counts(folder: Path) -> dict[str, dict[str, float]]:
+    """Passed, failed and skipped tests of each file, and the most of what tests record."""
+    files: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(int))
     for report in folder.glob("*.xml"):
         for case in ElementTree.parse(report).iter("testcase"):
             outcome = next((name for name in OUTCOMES if case.find(name) is not None), "passed")
-            files[case.get("classname", "?")][outcome] += 1
+            found = files[case.get("classname", "?")]
+            found[outcome] += 1
+            for told in case.iter("property"):
+                name = f"most {told.get('name')}"
+                found[name] = max(found[name], float(told.get("value", 0)))
     return {name: dict(files[name]) for name in sorted(files)}
 
 

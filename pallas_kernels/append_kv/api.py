@@ -10,6 +10,7 @@ from qserve_jax.pallas_kernels.backend import (
     as_int32,
     check_cache,
     check_floats,
+    check_given,
     dispatch,
     usable,
 )
@@ -38,6 +39,7 @@ def _run(function: str, backend: str | None, *args: Any, **kwargs: Any) -> Any:
 
 
 def _slots(slot_mapping: Array) -> Array:
+    check_given(slot_mapping=slot_mapping)
     (slots,) = as_int32(slot_mapping=slot_mapping)
     if slots.ndim != 1:
         raise ValueError(f"slot_mapping {slots.shape} must be [tokens]: reshape it")
@@ -59,17 +61,23 @@ def append_kv(
     A slot of -1, or one outside the cache, writes nothing. Two tokens must not share a slot.
     Scales and centres of 4 and 8 bits saturate at numerics.MAX_KV_VALUE, 65504, so that values
     beyond it come back as others; a float16 cache holds them as infinity.
-    layer: the layer of a stacked cache. Donate the cache to have it updated in place.
-    Under shard_map the kernels need check_vma=False; else the reference runs.
+    cache: see `KVCache`. layer: i32[] of a stacked cache. Donate the cache to have it updated in
+      place. backend: a kernel to insist on; None takes the first that can.
+    Returns the cache. Under shard_map the kernels need check_vma=False; else the reference runs.
 
-    Raises ValueError when shapes or dtypes do not fit, or on a layer that the cache does not have.
+    Raises ValueError when shapes or dtypes do not fit, or on a layer that the cache does not have,
+    NotImplementedError where the named backend cannot.
     """
     check_cache(cache, layer)
+    check_given(k=k, v=v)
     check_floats(k=k, v=v)
     slots = _slots(slot_mapping)
     expected = (slots.shape[0], cache.num_kv_heads, cache.head_dim)
     if k.shape != expected or v.shape != expected:
-        raise ValueError(f"k {k.shape} and v {v.shape} must be [tokens, K, H] = {expected}")
+        raise ValueError(
+            f"k {k.shape} and v {v.shape} must be [tokens, K, H] = {expected}, with the "
+            f"{slots.shape[0]} tokens of slot_mapping and the heads of the cache"
+        )
     return _run("append", backend, cache, k, v, slots, layer=layer)
 
 
@@ -90,19 +98,21 @@ def rope_append_kv(
       fused projection gives it.
     cos, sin: f32[tokens, H/2] of each token's angles; dimension i turns with i + H/2 (rotate-half).
     center: f32[K, H], subtracted from the rotated k (transforms/center_keys.py).
-    slot_mapping, layer: as in `append_kv`; tokens without a slot are rotated too.
+    slot_mapping, cache, layer, backend: as in `append_kv`; tokens without a slot are rotated too.
     Returns q [tokens, N, H], k, v [tokens, K, H] (q and k rotated, rounded to their dtype) and the
     cache. What is stored is `append_kv` of these k and v bit for bit. Backends may round q and k
     the other way, because XLA contracts a product and a sum where it likes.
 
-    Raises ValueError when shapes or dtypes do not fit, or on a layer that the cache does not have.
+    Raises ValueError and NotImplementedError as `append_kv` does.
     """
     check_cache(cache, layer)
     slots = _slots(slot_mapping)
     tokens, kv_heads, h = slots.shape[0], cache.num_kv_heads, cache.head_dim
     if not isinstance(qkv, Sequence):
         raise ValueError(f"qkv is a {type(qkv).__name__}: give [q, k, v], or [qkv] of one")
-    check_floats(**{f"qkv[{i}]": x for i, x in enumerate(qkv)}, cos=cos, sin=sin, center=center)
+    given = {f"qkv[{i}]": x for i, x in enumerate(qkv)} | {"cos": cos, "sin": sin}
+    check_given(**given)
+    check_floats(**given, center=center)
     shapes = [x.shape for x in qkv]
     first = shapes[0] if shapes else ()
     heads = (first[1] if len(first) == 3 else 0) - (2 * kv_heads if len(qkv) == 1 else 0)

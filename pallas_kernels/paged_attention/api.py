@@ -11,6 +11,7 @@ from qserve_jax.pallas_kernels.backend import (
     as_int32,
     check_cache,
     check_floats,
+    check_given,
     check_integers,
     check_pages,
     dispatch,
@@ -122,9 +123,10 @@ def paged_attention(
     order: Array | None = None,
     backend: str | None = None,
 ) -> Array:
-    """Causal attention of new tokens over the paged cache and each other.
+    """Causal attention of new tokens over the paged cache and each other (QServe section 5.3).
 
-    q: float[B, T, N, H], or [B, N, H] for one token each.
+    q: float[B, T, N, H], or [B, N, H] for one token each. cache: of K heads of H, see `KVCache`;
+      `layer`: i32[], of a stacked one. backend: a kernel to insist on; None: the first that can.
     block_table: i32[B, max_pages], page ids in order, -1 for none (vLLM's).
     context_lens: i32[B], tokens of each sequence, the new ones counted; 0 gives zeros.
     query_lens: i32[B], how many of the T tokens are real (right padding), at most context_lens;
@@ -135,8 +137,9 @@ def paged_attention(
       must be finite in padding too: 0 * NaN is NaN.
     window: a query sees the last `window` positions, its own included. softcap: tanh cap of scores.
     sm_scale: factor of the scores, default H**-0.5.
-    order: i32[B], a permutation, the order in which a kernel takes the rows, see `longest_first`;
-      it changes no result. Rows that it leaves out may hold anything.
+    order: i32[B], a permutation, the order in which a kernel takes the rows, see `longest_first`.
+      A long batch with one may be cut into other blocks, whose sums round otherwise. Rows that it
+      leaves out may hold anything.
     Returns q's shape and dtype. Outputs of padding tokens are finite and meaningless.
 
     Integers may be of any dtype. The kernels multiply in float16 where several tokens are new or
@@ -144,9 +147,11 @@ def paged_attention(
     one V in the cache may span 1900 at 4 bits and 2000 at 8. Beyond these they may return NaN; the
     reference does not.
 
-    Raises ValueError when shapes, dtypes or options do not fit. Page ids out of range are masked,
-    not read; check concrete arrays, query_lens and order too, with `validate_paged_inputs`.
+    Raises ValueError when shapes, dtypes or options do not fit, NotImplementedError where the named
+    backend cannot. Page ids out of range are masked, not read; check concrete arrays, query_lens
+    and order too, with `validate_paged_inputs`.
     """
+    check_given(q=q, block_table=block_table, context_lens=context_lens)
     check_floats(q=q, new_k=new_k, new_v=new_v)
     block_table, context_lens, query_lens, order = as_int32(
         block_table=block_table, context_lens=context_lens, query_lens=query_lens, order=order
@@ -185,8 +190,10 @@ def paged_attention(
 def longest_first(context_lens: Array) -> Array:
     """The `order` i32[B] of rows by length, longest first: a ragged batch then ends together.
 
-    Once for all layers of a step, outside their scan.
+    context_lens: i32[B]. Once for all layers of a step, outside their scan. Raises ValueError for
+    anything else.
     """
+    check_given(context_lens=context_lens)
     (lens,) = as_int32(context_lens=context_lens)
     if lens.ndim != 1:
         raise ValueError(f"context_lens {lens.shape} must be [B]")

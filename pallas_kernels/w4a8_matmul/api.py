@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qserve_jax.pallas_kernels.backend import check_layer, dispatch, usable
+from qserve_jax.pallas_kernels.backend import check_floats, check_layer, dispatch, usable
 from qserve_jax.pallas_kernels.w4a8_matmul import reference
 from qserve_jax.pallas_kernels.w4a8_matmul.layout import (
     BLOCKS,
@@ -115,6 +115,8 @@ def _check(
         shape = w.codes.shape
         raise ValueError(f"packed codes have shape {shape}: need [..., {BLOCKS}, {words}]")
     check_layer(layer, "weight codes", w.codes.shape, rank == 3)
+    floats = {"bias": bias, "residual": residual, "x scale": x.scale}
+    check_floats(**floats, channel_scale=w.channel_scale)
     lead, stack = x.codes.shape[:-1], w.codes.shape[: rank - 2]
     for name, array, shape in (
         ("bias", bias, (n,)),
@@ -138,10 +140,13 @@ def quantized_matmul(
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     backend: str | None = None,
 ) -> Array:
-    """x [..., K] times w [K, N] -> out_dtype[..., N], for any quantised weight container.
+    """x [..., K] times w [K, N] -> out_dtype[..., N], for any quantised weight container (QServe
+    section 5.2 for 4 bits).
 
-    bias [N] and residual [..., N] are added in float32 before the one rounding to out_dtype.
-    layer: w is stacked [L, ...]; use this layer of it, read in place.
+    x: int8 codes, f32 scales and int32 code sums of tokens. w: see the containers.
+    bias float[N] and residual float[..., N] are added in float32 before the one rounding to
+      out_dtype.
+    layer: i32[]; w is stacked [L, ...]; use this layer of it, read in place.
     out_dtype: a float, or int32 for the sums before any scale (per channel those of the codes).
     backend: see `pallas_kernels.backend.resolve`.
 

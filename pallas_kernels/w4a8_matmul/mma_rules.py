@@ -37,8 +37,9 @@ def cost(config: MmaConfig, m: int, n: int) -> float:
     """Time for each feature of K, in the time that one byte takes to be loaded by a block.
 
     Waves of blocks times what a block does: load weights of half a byte and x, and multiply, 25
-    products to the byte. Fitted to times on an H200: of 25 products with M 1..4096 it chooses the
-    fastest candidate that was timed, or one at most 3 % slower.
+    products to the byte. Fitted to times on an H200 of which no record is kept. Of the ten products
+    in docs/results/h200_tune_w4a8.json it chooses the fastest candidate in four, in the others one
+    9 to 23 % slower (N x K of 10240 x 8192, 22016 x 4096, 37888 x 3584): the tuned file has those.
     """
     blocks = -(-n // config.rows) * -(-m // config.tokens)
     full, rest = divmod(blocks, 2 * SMS)

@@ -333,6 +333,8 @@ def call_with(**changes):
         ({"sm_scale": "0.1"}, r"sm_scale=0\.1 is no number"),
         ({"q": [[1.0]]}, "q is a list: give an array"),
         ({"block_table": [[0]]}, "block_table is a list: give an array"),
+        ({"q": None}, "q is None: give an array"),
+        ({"context_lens": None}, "context_lens is None: give an array"),
         ({"context_lens": [1, 1]}, "context_lens is a list: give an array"),
         ({"q": jnp.zeros((2, 2, 0, H))}, r"q \(2, 2, 0, 16\) does not fit a cache of 2 heads"),
         (

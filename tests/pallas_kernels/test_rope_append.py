@@ -246,6 +246,10 @@ def test_refusals(rng):
             call([qkv], cos.astype(dtype), sin, cache, slots)
     with pytest.raises(ValueError, match="sin is a list: give an array"):
         call([qkv], cos, [1], cache, slots)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="sin is None: give an array"):
+        call([qkv], cos, None, cache, slots)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="slot_mapping is None: give an array"):
+        call([qkv], cos, sin, cache, None)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="center is int32, which is no float"):
         call([qkv], cos, sin, cache, slots, center=jnp.zeros((1, 64), jnp.int32))
     with pytest.raises(ValueError, match="layer=5 but the cache pages have layers"):

@@ -342,18 +342,20 @@ def empty_cache(tmp_path):
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("name, m, n, k", DESIGNS)
 def test_an_instance_compiles_within_two_seconds(
-    can_run, empty_cache, name, m, n, k, residual, rng
+    can_run, empty_cache, record_property, name, m, n, k, residual, rng
 ):
-    """From the Python function to the first result; other tests may be using the processor."""
+    """From the Python function to the first result; other tests may be using the processor. Of two
+    instances, for m and one token less: other kernels, neither of which JAX has compiled before."""
     can_run(name)
-    x = jax.tree.map(lambda a: jnp.resize(a, (m, *a.shape[1:])), make_activation(rng, 16, k))
     w = make_packed(True, rng, n, k)
-    first = (make_residual(rng, m, n),) if residual else ()
-    run = functools.partial(added if residual else sums, name)
-    jax.block_until_ready((first, x, w))
-    times = []
-    for layer in (0, 1):  # a constant: another program
+    times, x = [], make_activation(rng, 16, k)
+    for tokens in (m, m - 1):
+        x = jax.tree.map(lambda a: jnp.resize(a, (tokens, *a.shape[1:])), x)  # noqa: B023
+        first = (make_residual(rng, tokens, n),) if residual else ()
+        run = jax.jit(functools.partial(added if residual else sums, name, layer=0))
+        jax.block_until_ready((first, x, w))
         start = time.perf_counter()
-        jax.block_until_ready(jax.jit(functools.partial(run, layer=layer))(*first, x, w))
+        jax.block_until_ready(run(*first, x, w))
         times.append(time.perf_counter() - start)
+    record_property("compile_seconds", min(times))
     assert min(times) <= 2, times

@@ -259,6 +259,13 @@ def test_errors(rng):
             quantized_matmul(x, stacked, layer=0, out_dtype=dtype)
     with pytest.raises(ValueError, match="needs 4-bit weights, got W8PerChannel"):
         w4a8_matmul(x, stacked, layer=0)
+    with pytest.raises(ValueError, match=r"bias is int32, which is no float: cast it to bfloat16"):
+        quantized_matmul(x, stacked, layer=0, bias=jnp.ones(8, jnp.int32))
+    with pytest.raises(ValueError, match=r"residual is a list: give an array"):
+        quantized_matmul(x, stacked, layer=0, residual=[1.0])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"x scale is int32, which is no float"):
+        whole = dataclasses.replace(x, scale=x.scale.astype(jnp.int32))
+        quantized_matmul(whole, stacked, layer=0)
     with pytest.raises(ValueError, match=r"bias has shape \(1,\) but the product needs \(8,\)"):
         quantized_matmul(x, stacked, layer=0, bias=jnp.ones(1))
     with pytest.raises(ValueError, match=r"residual has shape \(8,\) .* needs \(2, 8\)"):

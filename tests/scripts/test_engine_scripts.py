@@ -338,9 +338,10 @@ def test_gpu_tests_that_did_not_run_keep_their_commit(script, monkeypatch, tmp_p
     result.write_text(
         '{"files": {"tests.a": {"passed": 9, "commit": "old"}, "tests.b": {"passed": 1}}}'
     )
-    report = (
-        '<s><testcase classname="tests.a"/><testcase classname="tests.a"><failure/></testcase></s>'
-    )
+    told = '<properties><property name="seconds" value="{}"/></properties>'
+    cases = told.format(1.5), told.format(0.5) + "<failure/>"
+    report = "".join(f'<testcase classname="tests.a">{case}</testcase>' for case in cases)
+    report = f"<s>{report}</s>"
 
     def run(expression, tests, flags, processes, xml):
         assert (expression, tests) == ("gpu", ["tests/a.py"])
@@ -354,7 +355,7 @@ def test_gpu_tests_that_did_not_run_keep_their_commit(script, monkeypatch, tmp_p
     monkeypatch.setattr(sys, "argv", ["gpu_tests", "tests/a.py", "--output", str(result)])
     assert gpu_tests.main() == 1
     kernels = {op: provenance.kernels(op) for op in ("matmul", "attention")}
-    a = {"passed": 1, "failure": 1, "commit": "new", "kernels": kernels}
+    a = {"passed": 1, "failure": 1, "most seconds": 1.5, "commit": "new", "kernels": kernels}
     assert json.loads(result.read_text()) == {
         **found,
         "files": {"tests.a": a, "tests.b": {"passed": 1}},

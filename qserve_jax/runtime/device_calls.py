@@ -3,21 +3,23 @@
 The cache and the slots lie on the device from call to call; every call takes both and gives them
 back. What a call's programs are compiled for beside its rows follows from who is there (`Needs`).
 
-Who launches a decode call waits until the device is done with it: XLA asks on the host after every
-step whether there is another. So a thread of its own launches, in order, and alone touches the
-cache and the slots.
+On a GPU who launches a decode call waits until the device is done with it: XLA asks on the host
+after every step whether there is another. So a thread of its own launches there (`launches.py`), in
+order, and whatever launches alone touches the cache and the slots.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from qserve_jax.models.llama import CausalLM
 from qserve_jax.models.sharding import P, axis_of, cache_spec, shardings
@@ -35,14 +37,22 @@ from qserve_jax.runtime.batch import (
     token_counts,
 )
 from qserve_jax.runtime.decode import DecodeState
+from qserve_jax.runtime.device_memory import held_bytes
 from qserve_jax.runtime.distributed import to_devices
 from qserve_jax.runtime.kv_cache import init_cache
+from qserve_jax.runtime.launches import Launched, Launcher
 from qserve_jax.runtime.sampling import SampleOutput
 from qserve_jax.runtime.scheduler import Chunk
 from qserve_jax.runtime.sequence import Sequence
 from qserve_jax.runtime.slots import Live, decode_slots, make_live, prefill_slots
 
 MAX_DECODE_STEPS = 64
+
+
+def launching_waits(mesh: Mesh | None) -> bool:
+    """Whether a thread pays. Devices that share a model keep the caller's order of launches: sums
+    over devices of one program must not meet those of another."""
+    return mesh is None and jax.default_backend() == "gpu"
 
 
 class DeviceCalls:
@@ -76,10 +86,13 @@ class DeviceCalls:
         self._decode = jax.jit(decode_slots, static_argnames=static, **options)
         self._cache: KVCache | None = None
         self._live: Live | None = None
-        self._launching = ThreadPoolExecutor(1, "qserve_jax launches")
+        self._launcher = Launcher(in_thread=launching_waits(mesh))
+        self._place = jax.config.jax_default_device  # which may be this thread's alone
         self._least = Needs()  # what programs are compiled for in any case
         self.forget_shapes()
-        self.arrays()
+        cache, _ = self._launcher.launch(functools.partial(self._arrays, counted=False)).result()
+        self.cache_bytes = held_bytes(cache)
+        self._cache_type = jax.tree.map(self._type_of, cache)
 
     def forget_shapes(self) -> None:
         """Nobody is there: the next shapes follow from who comes."""
@@ -89,14 +102,10 @@ class DeviceCalls:
     def forget_arrays(self) -> None:
         """A call that was interrupted may have taken them with it."""
         self._decoding = None
-        self._launching.submit(self._forget)
+        self._launcher.launch(self._forget)
 
     def _forget(self) -> None:
         self._cache = self._live = None
-
-    def arrays(self) -> tuple[KVCache, Live]:
-        """The cache and the slots as the calls so far leave them."""
-        return self._launching.submit(self._arrays, self._needs.features.penalties).result()
 
     def _arrays(self, counted: bool) -> tuple[KVCache, Live]:
         """The cache and the slots, new ones where they were lost; token counts where asked for."""
@@ -110,12 +119,16 @@ class DeviceCalls:
             jax.block_until_ready(cache.pages)  # or too little memory shows in a call, later
             self._cache = cache
         if self._live is None or (self._live.counts is not None) != counted:
-            new = make_live(self.max_num_seqs, self.model.config.vocab_size if counted else None)
+            new = self._new_live(counted)
             if self._live is not None:  # who is there already has no penalties, nor needs counts
                 new = dataclasses.replace(self._live, counts=new.counts)
-            placed: Live = to_devices(new, self._mesh)
-            self._live = placed
+            self._live = new
         return self._cache, self._live
+
+    def _new_live(self, counted: bool) -> Live:
+        vocab_size = self.model.config.vocab_size if counted else None
+        placed: Live = to_devices(make_live(self.max_num_seqs, vocab_size), self._mesh)
+        return placed
 
     def expect(self, sequence: Sequence) -> None:
         """From now on programs serve this one too."""
@@ -124,9 +137,9 @@ class DeviceCalls:
     def _needs_of(self, sequence: Sequence) -> Needs:
         return needs_of(sequence, self._pages["page_size"], self.model.config.vocab_size)
 
-    # The calls. They return at once.
+    # The calls. They return before the device is done.
 
-    def prefill(self, chunks: Seq[Chunk]) -> Future[SampleOutput]:
+    def prefill(self, chunks: Seq[Chunk]) -> Launched[SampleOutput]:
         """The chunks' tokens into the cache, and the first token of those that `sample`."""
         # Fresh prompts that attend to themselves unquantised read no pages.
         fresh = self.attends == "full" and all(c.start == 0 for c in chunks)
@@ -135,23 +148,25 @@ class DeviceCalls:
 
     def decode(
         self, batch: list[Sequence], num_steps: int, enough: int | None
-    ) -> Future[SampleOutput]:
+    ) -> Launched[SampleOutput]:
         """At most num_steps steps; fewer where `enough` of the batch have ended (None: never)."""
         rows = self._rows = row_bucket(len(batch), self._rows)
         yield_idle = rows + 1 if enough is None else rows - len(batch) + enough
         operands = *self._decode_operands(batch, rows), num_steps, yield_idle
         return self._call(self._decode, *operands, max_steps=MAX_DECODE_STEPS)
 
-    def _call(self, function: Any, *operands: Any, **static: Any) -> Future[SampleOutput]:
+    def _call(self, function: Any, *operands: Any, **static: Any) -> Launched[SampleOutput]:
         """Have a function launched that is given the cache and the slots, and gives them back."""
         static |= {"attends": self.attends, "features": self._needs.features}
-        return self._launching.submit(self._launch, function, operands, static)
+        return self._launcher.launch(functools.partial(self._launch, function, operands, static))
 
     def _launch(self, function: Any, operands: tuple[Any, ...], static: dict[str, Any]) -> Any:
-        cache, live = self._arrays(static["features"].penalties)
-        self._cache, self._live, out = function(
-            self.model, self.params, cache, live, *operands, **static
-        )
+        elsewhere = self._place != jax.config.jax_default_device
+        with jax.default_device(self._place) if elsewhere else contextlib.nullcontext():
+            cache, live = self._arrays(static["features"].penalties)
+            self._cache, self._live, out = function(
+                self.model, self.params, cache, live, *operands, **static
+            )
         return out
 
     def _prefill_operands(
@@ -198,7 +213,8 @@ class DeviceCalls:
         the arrays."""
         self._least |= self._needs_of(longest)
         self._needs |= self._least
-        return self._least, *jax.tree.map(self._type_of, self.arrays())
+        live = self._new_live(counted=self._least.features.penalties)
+        return self._least, self._cache_type, jax.tree.map(self._type_of, live)
 
     def _type_of(self, x: jax.Array) -> jax.ShapeDtypeStruct:
         sharding = None if self._mesh is None else x.sharding

@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -24,8 +23,8 @@ from qserve_jax.models.llama import CausalLM
 from qserve_jax.runtime.batch import full_calls
 from qserve_jax.runtime.compile_time import clock, compile_time
 from qserve_jax.runtime.device_calls import MAX_DECODE_STEPS, DeviceCalls
-from qserve_jax.runtime.device_memory import held_bytes
 from qserve_jax.runtime.engine_stats import EngineStats, EngineStatus
+from qserve_jax.runtime.launches import Launched
 from qserve_jax.runtime.page_table import PagePool
 from qserve_jax.runtime.sampling import SampleOutput
 from qserve_jax.runtime.scheduler import Chunk, Plan, Scheduler
@@ -54,7 +53,7 @@ class Call:
 
     batch: list[Sequence]
     promised: list[tuple[int, int]]
-    out: Future[SampleOutput]
+    out: Launched[SampleOutput]
     is_prefill: bool
     launched: float
 
@@ -150,7 +149,7 @@ class Engine:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the paged cache; of several devices, on one of them."""
-        return held_bytes(self.device.arrays()[0])
+        return self.device.cache_bytes
 
     def warm_up(self, longest: Sequence) -> None:
         """Compile all that sequences need which may become no longer than this one, sample with no
@@ -190,8 +189,6 @@ class Engine:
             except Exception as error:  # for who asked, not for whose turn it is
                 kept[:] = [error]
             self._to_keep.popleft()
-        if not self.scheduler.running:  # nobody is left to whom a call could bring something
-            self._calls.clear()
 
     # The loop.
 
@@ -206,9 +203,20 @@ class Engine:
 
     def _step(self) -> None:
         self._accept()
+        if not self.scheduler.running:
+            self._drop_calls()
         launched = self._launch()
         while len(self._calls) > launched:
             self._process(self._calls.popleft())
+
+    def _drop_calls(self) -> None:
+        """Nobody is left to whom they could bring something. After one that failed pages may not
+        hold what their keys say, or the cache be gone with it."""
+        errors = [call.out.exception() for call in self._calls]
+        if any(errors):
+            log.error("a call that nobody waits for failed: %r", next(filter(None, errors)))
+            self._begin_anew()
+        self._calls.clear()
 
     def _accept_only(self) -> None:
         self._orderly(self._accept)
@@ -227,7 +235,12 @@ class Engine:
         self._in_order = True
 
     def _recover(self) -> None:
-        """Everyone waits with nothing but its tokens. May itself be interrupted and begun anew."""
+        """`_begin_anew`, which may itself be interrupted and done again."""
+        self._begin_anew()
+        self._in_order = True
+
+    def _begin_anew(self) -> None:
+        """Everyone waits with nothing but its tokens, before an empty cache."""
         for call in self._calls:
             call.out.cancel()  # where it waits for others
         self._calls.clear()
@@ -240,7 +253,6 @@ class Engine:
         while self._arrivals and self._arrivals[0] in waiting:
             self._arrivals.popleft()
         self._watched = {s for s in waiting if s.listener is not None}
-        self._in_order = True
 
     def _fail_taking(self, sequence: Sequence) -> None:
         """Some of its new tokens may be in its text, and some not: it cannot go on."""

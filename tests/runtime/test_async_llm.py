@@ -13,6 +13,9 @@ PROMPTS = [[5 + i, 6, 7 + i] for i in range(20)]
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
 
 
+pytestmark = pytest.mark.usefixtures("in_thread")
+
+
 @pytest.fixture(scope="module")
 def llm():
     loaded = load_model(DEMO)

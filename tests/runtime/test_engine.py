@@ -1,7 +1,7 @@
 """LLM: batches, streams, stops and refusals, on the embedded demo model."""
 
 import dataclasses
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,16 @@ from qserve_jax.runtime import device_calls
 from qserve_jax.runtime.batch import pad_rows, token_counts
 from qserve_jax.runtime.engine import Call
 from qserve_jax.runtime.kv_cache import init_cache
+from qserve_jax.runtime.launches import Launched
+from qserve_jax.runtime.sampling import SampleOutput
 from qserve_jax.runtime.scheduler import Chunk
 from qserve_jax.runtime.sequence import RequestOutput
 
 DEMO = Path(qserve_jax.__file__).parent / "assets" / "demo"
 PROMPTS = ["Once upon a time", "The cat", "Lily and Tom went to the park to play with a big ball."]
+
+
+pytestmark = pytest.mark.usefixtures("in_thread")
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +111,8 @@ def test_a_call_that_made_nothing_is_no_measure_of_a_step(exact):
     sequence.listener = print
     engine.add([sequence])
     engine._accept()
-    call = Call([sequence], [(0, 64)], Future(), False, 0.0)
+    out = Launched(lambda: SampleOutput(jnp.zeros(1), jnp.ones(1)))
+    call = Call([sequence], [(0, 64)], out, False, 0.0)
     engine._count(call, 4 * 0.1, np.asarray([4]))
     assert engine._most_steps() == 1
     engine._count(call, 1e-4, np.asarray([0]))
@@ -464,12 +470,16 @@ def test_a_backend_that_cannot_run_is_refused_at_once():
     LLM(DEMO, backend="auto", max_model_len=32, num_pages=1)
 
 
+def cache_of(llm):
+    """As the calls so far leave it."""
+    return llm.engine.device._launcher.launch(lambda: llm.engine.device._cache).result()
+
+
 def test_the_cache_is_donated_to_every_call(llm):
+    before = cache_of(llm).pages
     llm.generate([[5, 6]], SamplingParams(max_tokens=2))
-    before, _ = llm.engine.device.arrays()
-    llm.generate([[5, 6]], SamplingParams(max_tokens=2))
-    after, _ = llm.engine.device.arrays()
-    assert before.pages.is_deleted() and not after.pages.is_deleted()
+    assert before.is_deleted() and not cache_of(llm).pages.is_deleted()
+    assert llm.engine.cache_bytes == cache_of(llm).pages.nbytes
 
 
 def test_every_token_is_read_as_the_cache_stores_it_by_default(exact):

@@ -59,7 +59,7 @@ def test_a_float32_model_makes_the_tokens_of_one_device(exact, ranks):
 
 def test_the_cache_is_cut_by_heads_and_work_like_before_compiles_nothing(exact):
     for ranks in (2, 4):
-        pages = exact[ranks][0].engine.device.arrays()[0].pages
+        pages = exact[ranks][0].engine.device._cache.pages
         assert pages.shape[2] == max(2, ranks)
         assert {shard.data.shape[2] for shard in pages.addressable_shards} == {1}
     llm, _ = exact[2]

@@ -280,7 +280,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="pages of the KV cache, of which each device holds its heads (default: what the "
         "longest requests may need, as far as the memory of each device goes)")
     add("--max-num-seqs", type=positive, metavar="N",
-        help="sequences decoded together (default: all, at most 64)")
+        help="sequences decoded together (default: all, at most 64; of a benchmark --batch)")
     add("--max-num-batched-tokens", type=whole_number(16), metavar="N", default=8192,
         help="prompt tokens computed at once; longer prompts are computed in chunks, with decode "
         "steps between (default: %(default)s)")

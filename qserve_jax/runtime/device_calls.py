@@ -90,7 +90,7 @@ class DeviceCalls:
         self._place = jax.config.jax_default_device  # which may be this thread's alone
         self._least = Needs()  # what programs are compiled for in any case
         self.forget_shapes()
-        cache, _ = self._launcher.launch(functools.partial(self._arrays, counted=False)).result()
+        cache, _ = self._arrays(counted=False)  # nothing is launched yet
         self.cache_bytes = held_bytes(cache)
         self._cache_type = jax.tree.map(self._type_of, cache)
 

@@ -51,8 +51,9 @@ class Launched[T]:
             return self._error
 
     def result(self) -> T:
-        """Waits for it; raises what it raised."""
+        """Waits for it; raises what it raised, once: errors hold the frames that hold this."""
         if (error := self.exception()) is not None:
+            self._error = None
             raise error
         return self._brought[0]
 

@@ -470,7 +470,19 @@ def test_a_backend_that_cannot_run_is_refused_at_once():
     LLM(DEMO, backend="auto", max_model_len=32, num_pages=1)
 
 
-def cache_of(llm):
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
+def test_the_cache_lies_where_the_llm_was_made(exact):
+    """Also a new one, though a device that is the default of one thread is none to another."""
+    there = jax.devices()[1]
+    with jax.default_device(there):
+        llm = LLM(exact, max_model_len=64, num_pages=4)
+    for _ in range(2):
+        assert llm.generate([[5, 6]], SamplingParams(max_tokens=3))[0].token_ids
+        assert cache_of(llm).pages.devices() == {there}
+        llm.engine.device.forget_arrays()
+
+
+def cache_of(llm) -> Any:
     """As the calls so far leave it."""
     return llm.engine.device._launcher.launch(lambda: llm.engine.device._cache).result()
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -59,6 +60,16 @@ def run_raising(error, argv=()):
 def test_errors_are_one_line(capsys, error, code, line):
     assert run_raising(error) == code
     assert capsys.readouterr() == ("", line + "\n")
+
+
+@pytest.mark.parametrize("command", ["generate --prompt x", "chat", "info"])
+def test_a_python_without_packages_is_one_line(command):
+    """-S: none of them is found."""
+    words = [sys.executable, "-S", "-m", *f"qserve_jax.{command}".split()]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    found = subprocess.run(words, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert found.returncode == 1 and not found.stdout
+    assert re.fullmatch(r"qserve_jax\.\w+: error: \w+ is not installed for .*\n", found.stderr)
 
 
 @pytest.mark.parametrize(

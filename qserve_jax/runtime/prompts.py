@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
-
-import numpy as np
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
@@ -21,7 +20,7 @@ def as_prompt_list(prompts: Any) -> list[Prompt]:
         return [prompts]
     if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Sequence):
         raise ValueError(f"prompt {prompts!r:.60} must be text, token ids or chat messages")
-    if prompts and isinstance(prompts[0], (int, np.integer, Mapping)):
+    if prompts and isinstance(prompts[0], (Integral, Mapping)):
         return [prompts]
     for prompt in prompts:
         if isinstance(prompt, (bytes, Mapping)) or not isinstance(prompt, Sequence):
@@ -93,6 +92,6 @@ def _require(tokenizer: Any, what: str) -> Any:
 
 
 def _token_id(token: Any) -> int:
-    if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
+    if isinstance(token, bool) or not isinstance(token, Integral):
         raise ValueError(f"prompt holds {token!r}: a list prompt must be token ids or messages")
     return int(token)

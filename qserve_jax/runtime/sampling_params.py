@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-
-import numpy as np
+from numbers import Integral, Real
 
 from qserve_jax.runtime.prompts import is_utf8
 
 MAX_SAMPLES = 16384
 MAX_LOGPROBS = 20
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
-_FLOAT32_TINY = float(np.finfo(np.float32).tiny)
+_FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
+_FLOAT32_TINY = 2.0**-126
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _is_real(value: object) -> bool:
-    number = isinstance(value, (int, float, np.integer, np.floating))
-    return number and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _is_bool(value: object) -> bool:

@@ -86,7 +86,8 @@ def test_pieces_of_a_prompt_in_the_rows_of_one_call_change_no_token(loaded, monk
 def test_after_a_warm_up_nothing_is_compiled(loaded, monkeypatch, attends, piece):
     """Whatever comes, together or one by one, greedy or not, longer than a chunk or preempted."""
     monkeypatch.setattr(scheduler, "PIECE", piece)
-    settings: dict[str, Any] = SETTINGS | {"attends": attends, "max_num_batched_tokens": 48}
+    settings: dict[str, Any] = SETTINGS | {"attends": attends, "max_num_seqs": 4}
+    settings["max_num_batched_tokens"] = 48
     llm, rng = LLM(loaded, **settings), np.random.default_rng(9)
     assert llm.warm_up(SamplingParams(temperature=1.0, logprobs=2)) > 0
     assert llm.stats.prompt_tokens == 0 and llm.pool.free_pages == 14

@@ -3,9 +3,8 @@
     python scripts/gpu_tests.py [TESTS ...]
 
 `make test` runs them on a CPU; what must hold on every device is shown on a GPU by the same tests.
-Writes docs/results/gpu_tests_<device>.json after each of the two sets (of the first alone where
-TESTS are given): each test file's counts, the commit, and hashes of the kernels' code. Files that
-did not run keep theirs.
+Writes docs/results/gpu_tests_<device>.json after each of the two sets: each test file's counts, the
+commit, and hashes of the kernels' code. Files that did not run keep theirs.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ EVERYWHERE = (
     "tests/quantization/test_numerics.py",
     "tests/models/test_golden.py",
     "tests/runtime/test_engine.py",
+    "tests/runtime/test_launches.py",
 )
 """What holds on every device, and so must hold on this one."""
 NO_SEARCH = "--xla_gpu_enable_triton_gemm=false"
@@ -37,6 +37,17 @@ NO_SEARCH = "--xla_gpu_enable_triton_gemm=false"
 SETS = (("gpu", ("tests",), ""), ("gpu or not slow", EVERYWHERE, NO_SEARCH))
 """(marker expression, tests, flags of XLA). One with `gpu` in it keeps JAX on the GPU."""
 OUTCOMES = ("failure", "error", "skipped")
+
+
+def sets_of(named: Sequence[str]) -> list[tuple[str, Sequence[str], str]]:
+    """SETS, or the named tests in the set that they belong to."""
+    if not named:
+        return list(SETS)
+    parts = (
+        [test for test in named if test not in EVERYWHERE],
+        [test for test in named if test in EVERYWHERE],
+    )
+    return [(e, part, flags) for (e, _, flags), part in zip(SETS, parts, strict=True) if part]
 
 
 def run_tests(expression: str, tests: Sequence[str], flags: str, processes: int, xml: Path) -> int:
@@ -79,9 +90,9 @@ def main() -> int:
     ran: dict[str, dict[str, Any]] = {}
     codes = []
     with tempfile.TemporaryDirectory() as folder:
-        for number, (expression, tests, flags) in enumerate(SETS[:1] if args.tests else SETS):
+        for number, (expression, tests, flags) in enumerate(sets_of(args.tests)):
             xml = Path(folder) / f"{number}.xml"
-            codes.append(run_tests(expression, args.tests or tests, flags, args.processes, xml))
+            codes.append(run_tests(expression, tests, flags, args.processes, xml))
             here = {"commit": found["commit"], "kernels": {op: kernels(op) for op in OPS}}
             ran = {name: {**count, **here} for name, count in counts(Path(folder)).items()}
             # After each set: the next may be interrupted.

@@ -67,6 +67,8 @@ PARTS: dict[str, tuple[int, str]] = {
         300,
         gpu_tests("decode_gpu", "rope_append", "chunked_prefill", "prefill_attention",
                   "prefill_wgmma")),
+    "engine tests": (
+        180, f"{TESTS} tests/runtime/test_engine.py tests/runtime/test_launches.py"),
     "throughput": (
         120, f"{BENCH} throughput {RANDOM_8B} --batch 256 --save {{into}}/new_throughput.json"),
     "throughput beside 16 bits": (
